@@ -1,0 +1,163 @@
+"""The attention backend as vLLM sees it: what a page looks like and what a step looks like.
+
+A KV-cache page of a layer is one compressed page of P bytes per KV head for 128 tokens, so vLLM's
+logical tensor ``[blocks, heads, states, bytes]`` has one state a block: ``[B, H, 1, P]`` uint8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from kakeya_vllm import config, lib
+from kakeya_vllm.register import NAME
+
+
+class KakeyaBackend(AttentionBackend):
+    """Compressed full attention for decoder layers."""
+
+    accept_output_buffer = True
+    # Write and attend are one call of the layer: the write seals blocks that other sequences of
+    # the same step may read, and both need the same metadata.
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+        return [lib.BLOCK_TOKENS]
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        from kakeya_vllm.impl import KakeyaImpl
+
+        return KakeyaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[KakeyaMetadataBuilder]:
+        return KakeyaMetadataBuilder
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False  # open blocks do not travel with pages
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        # vLLM's own test accepts multiples; a page here is exactly one block.
+        return block_size in (None, lib.BLOCK_TOKENS)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """One state of P bytes a block and KV head instead of 128 states of K and V."""
+        page_bytes = lib.load().recipe_page_bytes(config.current().recipe, spec.head_size)
+        return replace(
+            spec,
+            dtype=torch.uint8,
+            state_content_bytes=page_bytes,
+            tokens_per_state=lib.BLOCK_TOKENS,
+        )
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def require(cls, selector_config: Any) -> None:
+        """Raise ValueError with vLLM's own reasons if a layer cannot use this backend."""
+        reasons = cls.validate_configuration(
+            device_capability=None, **selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(f"KAKEYA cannot be used for a layer of this model: {reasons}")
+
+
+@dataclass
+class KakeyaMetadata(AttentionMetadata):
+    """One step, as kakeya_write and kakeya_attend take it. All tensors are contiguous.
+
+    ``query_start`` int32 [seqs + 1], ``seq_lens`` int32 [seqs], ``block_table`` int32
+    [seqs, max_blocks] (row stride may be larger), ``slot_mapping`` int64 [tokens] (-1 = padding),
+    ``positions`` int32 [tokens], ``open_slot`` int32 [blocks].
+    """
+
+    num_tokens: int
+    num_computed_rows: int  # rows that belong to a sequence; the rest up to num_tokens is padding
+    num_seqs: int
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    positions: torch.Tensor
+    open_slot: torch.Tensor
+
+
+class KakeyaMetadataBuilder(AttentionMetadataBuilder[KakeyaMetadata]):
+    """Builds the metadata of a step once for all compressed layers."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        context = vllm_config.compilation_config.static_forward_context
+        self.runtime = context[layer_names[0]].impl.runtime
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> KakeyaMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise ValueError("KAKEYA does not support: non-causal attention")
+        num_tokens = common.num_actual_tokens
+        query_start = common.query_start_loc.to(torch.int32).contiguous()
+        seq_lens = common.seq_lens.to(torch.int32).contiguous()
+        rows = int(query_start[-1])
+        return KakeyaMetadata(
+            num_tokens=num_tokens,
+            num_computed_rows=rows,
+            num_seqs=seq_lens.shape[0],
+            query_start=query_start,
+            seq_lens=seq_lens,
+            block_table=common.block_table_tensor.to(torch.int32),
+            slot_mapping=common.slot_mapping[:num_tokens].to(torch.int64).contiguous(),
+            positions=positions_of(query_start, seq_lens, num_tokens),
+            open_slot=self.runtime.open_blocks.open_slot,
+        )
+
+
+def positions_of(
+    query_start: torch.Tensor, seq_lens: torch.Tensor, num_tokens: int
+) -> torch.Tensor:
+    """Position of every row: the rows of a sequence are its last tokens. Padding rows get 0.
+
+    ``query_start`` int32 [seqs + 1], ``seq_lens`` int32 [seqs] -> int32 [num_tokens].
+    """
+    query_lens = query_start[1:] - query_start[:-1]
+    rows = int(query_start[-1])
+    # position = row - first row of its sequence + tokens of the sequence before this step
+    shift = seq_lens - query_lens - query_start[:-1]
+    positions = torch.zeros(num_tokens, dtype=torch.int32)
+    positions[:rows] = torch.arange(rows, dtype=torch.int32) + torch.repeat_interleave(
+        shift, query_lens.long()
+    )
+    return positions

@@ -1,0 +1,96 @@
+"""What the log says once at start-up: recipe, layers, bytes before and after, capacity."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from kakeya_vllm import lib
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _layers(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+
+
+def bytes_per_token(specs: list[Any], itemsize: int) -> tuple[float, float]:
+    """Bytes of KV cache a token over the given layer specs: stock cache, and as configured."""
+    before = sum(2 * spec.num_kv_heads * spec.head_size * itemsize for spec in specs)
+    after = sum(spec.page_size_bytes / spec.block_size for spec in specs)
+    return float(before), after
+
+
+def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
+    """The lines of the banner for one worker. Numbers are this worker's: its layers and heads."""
+    from kakeya_vllm.support import layer_index
+
+    vllm_config, settings = runtime.vllm_config, runtime.settings
+    specs = layer_specs(kv_cache_config)
+    dtype = vllm_config.model_config.dtype
+    before, after = bytes_per_token(list(specs.values()), dtype.itemsize)
+    compressed = [layer_index(name) for name in runtime.layers]
+    kept = [layer_index(name) for name in specs if name not in runtime.layers]
+    pool = sum(layer.impl.open_pool.nbytes for layer in runtime.layers.values())
+    tokens = kv_cache_config.num_blocks * lib.BLOCK_TOKENS
+    library = lib.load()
+    name = str(dtype).removeprefix("torch.")
+    calibrated = settings.calibration or "no (calibration-free recipe)"
+    return [
+        f"KAKEYA {library.version} (libkakeya {library.path}, {library.simd})",
+        f"  recipe            {_recipe(runtime)}",
+        f"  calibrated        {calibrated}",
+        f"  layers            {len(compressed)} compressed: {_layers(compressed)}; "
+        f"{len(kept)} stock {name}: {_layers(kept)}",
+        f"  bytes per token   {before:.0f} in {name} -> {after:.1f}, all layers "
+        f"({before / after:.2f}x)" if after else "  bytes per token   none on this worker",
+        f"  prefill           {settings.prefill}",
+        f"  open blocks       {runtime.open_blocks.num_open} slots, {_gib(pool)} for all layers",
+        f"  capacity          {tokens} tokens in {kv_cache_config.num_blocks} blocks of "
+        f"{lib.BLOCK_TOKENS}",
+    ]
+
+
+def layer_specs(kv_cache_config: Any) -> dict[str, Any]:
+    """KV-cache spec by layer name, with groups of differing pages taken apart."""
+    specs: dict[str, Any] = {}
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        per_layer = getattr(spec, "kv_cache_specs", None) or {}
+        for name in group.layer_names:
+            specs[name] = per_layer.get(name, spec)
+    return specs
+
+
+def _recipe(runtime: Any) -> str:
+    if runtime.codec is None:
+        return "none in use: every layer of this worker keeps the stock cache"
+    about = runtime.codec.describe()
+    parts = [str(about.get("name", "unnamed"))]
+    if "ratio" in about:
+        parts.append(f"{about['ratio']:.2f}x")
+    if "quantizer" in about:
+        quantizer = about["quantizer"]
+        parts.append(quantizer if isinstance(quantizer, str) else json.dumps(quantizer))
+    parts.append(f"{about['page_bytes']} B a page of {lib.BLOCK_TOKENS} tokens and one KV head")
+    if about.get("fingerprint"):
+        parts.append(f"tables {str(about['fingerprint'])[:16]}")
+    return ", ".join(parts)
+
+
+def log(runtime: Any, kv_cache_config: Any) -> None:
+    """Write the banner to vLLM's log; only the first tensor-parallel rank does."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.logger import init_logger
+
+    if get_tensor_model_parallel_rank() == 0:
+        init_logger("vllm.kakeya").info("%s", "\n".join(compose(runtime, kv_cache_config)))

@@ -1,0 +1,393 @@
+"""What the user chose: recipe, calibration artefact, boundary layers, prefill mode.
+
+Two places: ``KAKEYA_*`` variables and ``--additional-config '{"kakeya": {...}}'``. A value given
+in additional_config wins over the variable, because it belongs to this engine while a variable
+belongs to the shell. The process that builds the engine resolves everything once and writes the
+result back into additional_config, which travels to every worker on every machine.
+
+Everything is checked at start-up and refused with the reason and the valid choices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kakeya_vllm import lib
+
+KEY = "kakeya"  # additional_config["kakeya"]
+PREFILL_MODES = ("raw", "sealed")
+FALLBACK_RECIPE = "kakeya-free-4.6x"
+DEFAULT_RECIPE = "kakeya-4.6x"
+
+# name -> what it is, in the order of docs/vllm.md.
+VARIABLES = {
+    "KAKEYA_RECIPE": "preset name or path of a recipe JSON file",
+    "KAKEYA_CALIBRATION": "path of a calibration artefact",
+    "KAKEYA_BOUNDARY_SKIP_LAYERS": "comma-separated layer numbers that keep the stock cache",
+    "KAKEYA_PREFILL": "raw or sealed",
+    "KAKEYA_CACHE": "directory of calibration artefacts",
+    "KAKEYA_LIBRARY": "path of libkakeya.so",
+    "KAKEYA_ALLOW_UNTESTED_VLLM": "1: run with a vLLM release that was not tested",
+}
+_TEST_PREFIX = "KAKEYA_TEST_"  # read by the test suite only
+_FIELDS = ("recipe", "calibration", "boundary_skip_layers", "prefill")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: says which, why, and what is valid."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices of one engine.
+
+    ``recipe``: preset name or recipe JSON. ``calibration``: path or None.
+    ``boundary_skip_layers``: sorted layer numbers. ``warnings``: to be logged once at start-up.
+    """
+
+    recipe: str
+    calibration: str | None
+    boundary_skip_layers: tuple[int, ...]
+    prefill: str
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that additional_config carries to the workers."""
+        return {
+            "recipe": self.recipe,
+            "calibration": self.calibration or "",
+            "boundary_skip_layers": list(self.boundary_skip_layers),
+            "prefill": self.prefill,
+        }
+
+
+def unknown_variables(env: dict[str, str] | None = None) -> list[str]:
+    """KAKEYA_* variables that nothing reads: most likely misspelt."""
+    env = dict(os.environ) if env is None else env
+    return sorted(
+        name
+        for name in env
+        if name.startswith("KAKEYA_")
+        and name not in VARIABLES
+        and not name.startswith(_TEST_PREFIX)
+    )
+
+
+def parse_layers(value: Any, num_layers: int, source: str) -> tuple[int, ...]:
+    """A list of layer numbers, as text ("0, 1,29") or as a list of integers.
+
+    Whitespace is ignored, empty means none. Malformed, negative, duplicated or too large
+    numbers raise ConfigError with the valid range.
+    """
+    valid = f"valid: numbers from 0 to {num_layers - 1}, each once, separated by commas"
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        if not value.strip():
+            return ()
+        items: list[Any] = [item.strip() for item in value.split(",")]
+    elif isinstance(value, list | tuple):
+        items = list(value)
+    else:
+        raise ConfigError(f"{source}={value!r} is not a list of layer numbers; {valid}")
+    layers: list[int] = []
+    for item in items:
+        is_number = isinstance(item, int) and not isinstance(item, bool)
+        if isinstance(item, str) and re.fullmatch(r"-?[0-9]+", item):
+            item, is_number = int(item), True
+        if not is_number:
+            raise ConfigError(f"{source}={value!r}: {item!r} is not a layer number; {valid}")
+        if item < 0:
+            raise ConfigError(f"{source}={value!r}: {item} is negative; {valid}")
+        if item >= num_layers:
+            raise ConfigError(
+                f"{source}={value!r}: layer {item} does not exist, the model has "
+                f"{num_layers} layers; {valid}"
+            )
+        if item in layers:
+            raise ConfigError(f"{source}={value!r}: layer {item} is named twice; {valid}")
+        layers.append(item)
+    return tuple(sorted(layers))
+
+
+def cache_dir(env: dict[str, str] | None = None) -> Path:
+    """Where artefacts lie: KAKEYA_CACHE, else $XDG_CACHE_HOME/kakeya, else ~/.cache/kakeya."""
+    env = dict(os.environ) if env is None else env
+    if env.get("KAKEYA_CACHE"):
+        return Path(env["KAKEYA_CACHE"])
+    return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kakeya"
+
+
+def default_calibration_path(fingerprint: str, env: dict[str, str] | None = None) -> Path:
+    """Where `kakeya calibrate` puts a model's artefact when it is not told."""
+    return cache_dir(env) / "calibration" / f"{fingerprint}.safetensors"
+
+
+def read_recipe(value: str, source: str = "KAKEYA_RECIPE") -> str:
+    """A preset name, or the text of a recipe file: a value with '/' or ending in .json is a path.
+
+    The text is not judged here; the library knows what a recipe may say.
+    """
+    if value.lstrip().startswith("{"):
+        return value
+    if "/" not in value and not value.endswith(".json"):
+        return value
+    try:
+        return Path(value).expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: cannot read the recipe file {value!r}: {error}") from error
+
+
+def resolve(
+    additional: Any, model_config: Any, env: dict[str, str] | None = None
+) -> Settings:
+    """Settings of an engine from ``vllm_config.additional_config`` and the environment.
+
+    ``model_config`` is vLLM's. Raises ConfigError; says in ``warnings`` what was assumed.
+    """
+    env = dict(os.environ) if env is None else env
+    chosen = _section(additional)
+    sources = {
+        "recipe": "KAKEYA_RECIPE",
+        "calibration": "KAKEYA_CALIBRATION",
+        "boundary_skip_layers": "KAKEYA_BOUNDARY_SKIP_LAYERS",
+        "prefill": "KAKEYA_PREFILL",
+    }
+    values: dict[str, Any] = {}
+    for field, variable in sources.items():
+        if chosen.get(field) is not None:
+            values[field] = chosen[field]
+            sources[field] = f'additional_config["{KEY}"]["{field}"]'
+        else:
+            values[field] = env.get(variable)
+
+    num_layers = model_config.get_total_num_hidden_layers()
+    layers = parse_layers(
+        values["boundary_skip_layers"], num_layers, sources["boundary_skip_layers"]
+    )
+    prefill = (values["prefill"] or "raw").strip().lower()
+    if prefill not in PREFILL_MODES:
+        raise ConfigError(
+            f"{sources['prefill']}={values['prefill']!r}; valid: {' or '.join(PREFILL_MODES)}"
+        )
+    recipe, calibration, warnings = _recipe_and_calibration(values, sources, model_config, env)
+    return Settings(recipe, calibration, layers, prefill, warnings)
+
+
+def _section(additional: Any) -> dict[str, Any]:
+    if not isinstance(additional, dict):
+        return {}
+    chosen = additional.get(KEY) or {}
+    if not isinstance(chosen, dict):
+        raise ConfigError(
+            f'additional_config["{KEY}"] must be an object with {", ".join(_FIELDS)}; '
+            f"it is {chosen!r}"
+        )
+    unknown = sorted(set(chosen) - set(_FIELDS))
+    if unknown:
+        raise ConfigError(
+            f'additional_config["{KEY}"] has unknown fields {", ".join(unknown)}; '
+            f"valid: {', '.join(_FIELDS)}"
+        )
+    for field in ("recipe", "calibration", "prefill"):
+        if chosen.get(field) is not None and not isinstance(chosen[field], str):
+            raise ConfigError(f'additional_config["{KEY}"]["{field}"] must be a string')
+    return chosen
+
+
+def _recipe_and_calibration(
+    values: dict[str, Any], sources: dict[str, str], model_config: Any, env: dict[str, str]
+) -> tuple[str, str | None, tuple[str, ...]]:
+    library = lib.load()
+    model = getattr(model_config, "model", "MODEL")
+    fingerprint = model_fingerprint(model_config.hf_text_config)
+    default_path = default_calibration_path(fingerprint, env)
+
+    path: Path | None = None
+    if values["calibration"]:
+        path = Path(values["calibration"]).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"{sources['calibration']}={values['calibration']!r} is not a file")
+    elif values["calibration"] is None and default_path.is_file():
+        # An empty string is a choice of its own: no artefact, wherever one may lie.
+        path = default_path
+
+    warnings: tuple[str, ...] = ()
+    if values["recipe"]:
+        recipe = read_recipe(values["recipe"].strip(), sources["recipe"])
+    elif path is not None:
+        recipe = DEFAULT_RECIPE
+    else:
+        recipe = FALLBACK_RECIPE
+        warnings = (
+            f"no calibration artefact for this model: using {FALLBACK_RECIPE}, which is "
+            f"calibration-free and less accurate. `kakeya calibrate {model}` makes one "
+            f"at {default_path}",
+        )
+    try:
+        needs_calibration = bool(library.recipe_describe(recipe)["needs_calibration"])
+    except lib.KakeyaError as error:
+        raise ConfigError(
+            f"{sources['recipe']}: {error.text}. Presets: {', '.join(library.recipe_names())}"
+        ) from error
+    if needs_calibration and path is None:
+        raise ConfigError(
+            f"recipe {_short(recipe)} needs a calibration artefact and there is none at "
+            f"{default_path}. Make one with `kakeya calibrate {model}`, name one with "
+            "KAKEYA_CALIBRATION, or choose a calibration-free recipe such as "
+            f"{FALLBACK_RECIPE}"
+        )
+    if not needs_calibration:
+        if values["calibration"]:
+            warnings += (f"recipe {_short(recipe)} takes no calibration: {path} is not used",)
+        path = None
+    if path is not None:
+        check_fingerprint(path, fingerprint)
+    return recipe, None if path is None else str(path), warnings
+
+
+def _short(recipe: str) -> str:
+    """A recipe's name for messages; a recipe given as JSON may carry one."""
+    if not recipe.lstrip().startswith("{"):
+        return recipe
+    try:
+        return str(json.loads(recipe).get("name", "from a file"))
+    except (ValueError, AttributeError):
+        return "from a file"
+
+
+# ---------------------------------------------------------------------------------------------
+# Which model an artefact was made for.
+
+# Config fields that determine the shape and the distribution of K and V. Weights are not hashed:
+# a fine-tune of the same architecture may use its base's artefact, at the user's choice.
+_MODEL_FIELDS = (
+    "architectures",
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "attention_bias",
+    "qkv_bias",
+    "use_qk_norm",
+    "qk_layernorm",
+)
+
+
+def model_fingerprint(hf_config: Any) -> str:
+    """64 hex digits that identify a model's K and V, from a Hugging Face config (or a dict).
+
+    SHA-256 over the canonical JSON of ``_MODEL_FIELDS`` and the rotary parameters. Spellings that
+    mean the same (rope_theta and rope_scaling, or rope_parameters) give the same fingerprint, so
+    it does not depend on the Transformers release that read the config.
+    """
+    fields = {name: _get(hf_config, name) for name in _MODEL_FIELDS}
+    heads = fields["num_attention_heads"]
+    if fields["num_key_value_heads"] is None:
+        fields["num_key_value_heads"] = heads
+    if fields["head_dim"] is None and heads:
+        fields["head_dim"] = fields["hidden_size"] // heads
+    for flag in ("attention_bias", "qkv_bias", "use_qk_norm", "qk_layernorm"):
+        fields[flag] = bool(fields[flag])
+    fields["rope"] = _rope_fields(hf_config)
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _get(config: Any, name: str) -> Any:
+    value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _rope_fields(config: Any) -> dict[str, Any]:
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope.update({k: v for k, v in (_get(config, name) or {}).items() if v is not None})
+    legacy_type = rope.pop("type", None)
+    rope.setdefault("rope_type", legacy_type or "default")
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name not in rope and _get(config, name) is not None:
+            rope[name] = _get(config, name)
+    # 1.0 and absent mean the same; integers and floats of one value compare equal as floats.
+    if rope.get("partial_rotary_factor") in (1, 1.0):
+        del rope["partial_rotary_factor"]
+    return {k: _number(v) for k, v in rope.items()}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_number(item) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The ``__metadata__`` strings of a safetensors file; reads only its header."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 2 <= size <= 100_000_000:  # the format's own limit for a header
+                raise ValueError(f"a header of {size} bytes")
+            header = json.loads(file.read(size))
+            metadata = header.get("__metadata__") or {}
+            if not isinstance(metadata, dict):
+                raise ValueError("its metadata is not an object")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
+    return metadata
+
+
+def check_fingerprint(path: str | Path, fingerprint: str) -> None:
+    """Refuse an artefact that was made for another model."""
+    found = read_metadata(path).get("model_fingerprint")
+    if found is None:
+        raise ConfigError(
+            f"{path} is not a calibration artefact of KAKEYA: its metadata has no model_fingerprint"
+        )
+    if found != fingerprint:
+        raise ConfigError(
+            f"{path} was calibrated for another model: its model fingerprint is {found}, "
+            f"this model's is {fingerprint}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# The settings of the engine that is being built in this process.
+
+_current: Settings | None = None
+
+
+def activate(settings: Settings) -> None:
+    """Make ``settings`` those of the engine whose layers are being built.
+
+    AttentionBackend.customize_spec is a class method that vLLM calls with a spec and nothing
+    else, so the recipe has to be found here. Engines are built one after the other, so the last
+    one activated is the one whose specs are asked for.
+    """
+    global _current
+    _current = settings
+
+
+def current() -> Settings:
+    """The settings made current by :func:`activate`."""
+    if _current is None:
+        raise RuntimeError("KAKEYA was asked for a page size before an attention layer was built")
+    return _current
+
+
+def from_vllm(vllm_config: Any) -> Settings:
+    """Resolve the settings of an engine and make them current."""
+    settings = resolve(vllm_config.additional_config, vllm_config.model_config)
+    activate(settings)
+    return settings

@@ -1,0 +1,350 @@
+"""libkakeya from Python: the C ABI through ctypes, one class for the library and one for a codec.
+
+ctypes and not an extension module: the library has a stable C ABI, calls are few (two a layer a
+step) and ctypes releases the GIL while a call runs. Structures mirror csrc/include/kakeya.h
+field by field; ``struct_size`` lets the library notice a mirror that is out of step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from pathlib import Path
+from typing import Any
+
+ABI_VERSION = 1
+LIBRARY_NAME = "libkakeya.so"
+BLOCK_TOKENS = 128
+
+DTYPE_BF16, DTYPE_F16, DTYPE_F32 = 0, 1, 2
+ATTEND_SEALED_PREFILL = 1
+
+OK = 0
+CALIBRATION_REQUIRED = 11
+
+
+class KakeyaError(RuntimeError):
+    """A call of libkakeya that did not return KAKEYA_OK.
+
+    ``status`` is the number, ``name`` its name in kakeya.h; the text is the library's own.
+    """
+
+    def __init__(self, status: int, name: str, text: str) -> None:
+        super().__init__(f"{name}: {text}" if text else name)
+        self.status = status
+        self.name = name
+        self.text = text
+
+
+class PageLayout(ctypes.Structure):
+    """kakeya_page_layout: where the parts of a page lie, in bytes."""
+
+    _fields_ = [
+        (name, c_uint32)
+        for name in (
+            "struct_size",
+            "block_tokens",
+            "head_dim",
+            "layer",
+            "page_bytes",
+            "header_offset",
+            "header_bytes",
+            "k_codes_offset",
+            "k_codes_and_v_codes_bytes",
+            "side_offset",
+            "side_bytes",
+            "slots_offset",
+            "slot_bytes",
+            "num_slots",
+        )
+    ]
+
+
+class SealArgs(ctypes.Structure):
+    """kakeya_seal_args: one whole block of k, v [128][num_heads][D] into pages."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("layer", c_uint32),
+        ("first_head", c_uint32),
+        ("num_heads", c_uint32),
+        ("dtype", c_uint32),
+        ("block_index", c_uint32),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_token_stride", c_int64),
+        ("k_head_stride", c_int64),
+        ("v_token_stride", c_int64),
+        ("v_head_stride", c_int64),
+        ("pages", c_void_p),
+        ("page_head_stride", c_int64),
+    ]
+
+
+class WriteArgs(ctypes.Structure):
+    """kakeya_write_args: K and V of one step into open blocks and pages."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("layer", c_uint32),
+        ("first_head", c_uint32),
+        ("num_heads", c_uint32),
+        ("dtype", c_uint32),
+        ("num_tokens", c_uint32),
+        ("num_blocks", c_uint32),
+        ("num_open", c_uint32),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_token_stride", c_int64),
+        ("k_head_stride", c_int64),
+        ("v_token_stride", c_int64),
+        ("v_head_stride", c_int64),
+        ("slot_mapping", c_void_p),
+        ("positions", c_void_p),
+        ("pages", c_void_p),
+        ("page_block_stride", c_int64),
+        ("page_head_stride", c_int64),
+        ("open_blocks", c_void_p),
+        ("open_slot", c_void_p),
+    ]
+
+
+class AttendArgs(ctypes.Structure):
+    """kakeya_attend_args: attention of one step over pages, open blocks and the step's own K, V."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("layer", c_uint32),
+        ("first_head", c_uint32),
+        ("num_kv_heads", c_uint32),
+        ("num_q_heads", c_uint32),
+        ("dtype", c_uint32),
+        ("num_seqs", c_uint32),
+        ("num_tokens", c_uint32),
+        ("num_blocks", c_uint32),
+        ("num_open", c_uint32),
+        ("max_blocks_per_seq", c_uint32),
+        ("flags", c_uint32),
+        ("scale", c_float),
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("q_token_stride", c_int64),
+        ("q_head_stride", c_int64),
+        ("k_token_stride", c_int64),
+        ("k_head_stride", c_int64),
+        ("v_token_stride", c_int64),
+        ("v_head_stride", c_int64),
+        ("out", c_void_p),
+        ("out_token_stride", c_int64),
+        ("out_head_stride", c_int64),
+        ("query_start", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64),
+        ("pages", c_void_p),
+        ("page_block_stride", c_int64),
+        ("page_head_stride", c_int64),
+        ("open_blocks", c_void_p),
+        ("open_slot", c_void_p),
+        ("lse", c_void_p),
+    ]
+
+
+# name -> (argument types); all of these return kakeya_status (int32).
+_STATUS_FUNCTIONS: dict[str, list[Any]] = {
+    "kakeya_recipe_page_bytes": [c_char_p, c_size_t, c_uint32, POINTER(c_size_t)],
+    "kakeya_recipe_describe": [c_char_p, c_size_t, c_void_p, c_size_t, POINTER(c_size_t)],
+    "kakeya_recipe_list": [c_void_p, c_size_t, POINTER(c_size_t)],
+    "kakeya_codec_new": [
+        c_char_p,
+        c_size_t,
+        c_char_p,
+        c_size_t,
+        c_char_p,
+        c_size_t,
+        POINTER(c_void_p),
+    ],
+    "kakeya_codec_describe": [c_void_p, c_void_p, c_size_t, POINTER(c_size_t)],
+    "kakeya_codec_page_bytes": [c_void_p, c_uint32, POINTER(c_size_t)],
+    "kakeya_codec_page_layout": [c_void_p, c_uint32, POINTER(PageLayout)],
+    "kakeya_seal": [c_void_p, POINTER(SealArgs)],
+    "kakeya_open": [
+        c_void_p,
+        c_uint32,
+        c_uint32,
+        c_void_p,
+        c_size_t,
+        c_void_p,
+        c_void_p,
+        c_size_t,
+    ],
+    "kakeya_write": [c_void_p, POINTER(WriteArgs)],
+    "kakeya_attend": [c_void_p, POINTER(AttendArgs)],
+}
+
+
+def library_path() -> Path:
+    """The library that will be loaded: KAKEYA_LIBRARY, else the one inside the package."""
+    chosen = os.environ.get("KAKEYA_LIBRARY")
+    if chosen:
+        path = Path(chosen)
+        if not path.is_file():
+            raise FileNotFoundError(f"KAKEYA_LIBRARY names {chosen!r}, which is not a file")
+        return path
+    path = Path(__file__).parent / LIBRARY_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{LIBRARY_NAME} is not beside {__file__}: the package was installed without its "
+            "native library. Reinstall it, build it with `make build`, or name a built one with "
+            "KAKEYA_LIBRARY"
+        )
+    return path
+
+
+class Library:
+    """The loaded C library. Use :func:`load`, which loads it once a process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._dll = ctypes.CDLL(str(path))
+        self._dll.kakeya_abi_version.restype = c_uint32
+        self._dll.kakeya_abi_version.argtypes = []
+        found = self._dll.kakeya_abi_version()
+        if found != ABI_VERSION:
+            raise ImportError(
+                f"{path} speaks version {found} of the C interface, this package version "
+                f"{ABI_VERSION}: the library and the Python package are of different releases"
+            )
+        for name in ("kakeya_version", "kakeya_last_error", "kakeya_simd"):
+            getattr(self._dll, name).restype = c_char_p
+            getattr(self._dll, name).argtypes = []
+        self._dll.kakeya_status_name.restype = c_char_p
+        self._dll.kakeya_status_name.argtypes = [c_int32]
+        self._dll.kakeya_codec_free.restype = None
+        self._dll.kakeya_codec_free.argtypes = [c_void_p]
+        for name, argtypes in _STATUS_FUNCTIONS.items():
+            function = getattr(self._dll, name)
+            function.restype = c_int32
+            function.argtypes = argtypes
+
+    def check(self, status: int) -> None:
+        """Raise KakeyaError unless ``status`` is KAKEYA_OK. Call it on the thread of the call."""
+        if status != OK:
+            # kakeya_last_error is per thread and only valid until the next call on it.
+            text = (self._dll.kakeya_last_error() or b"").decode("utf-8", "replace")
+            name = (self._dll.kakeya_status_name(status) or b"").decode("ascii", "replace")
+            raise KakeyaError(status, name, text)
+
+    def call(self, name: str, *args: Any) -> None:
+        """Call a function that returns a status, and check it."""
+        self.check(getattr(self._dll, name)(*args))
+
+    def _text(self, name: str, *args: Any) -> str:
+        """A function that fills (buf, cap, needed): ask for the size, then for the text."""
+        needed = c_size_t()
+        self.call(name, *args, None, 0, byref(needed))
+        buffer = ctypes.create_string_buffer(needed.value)  # counts the final NUL
+        self.call(name, *args, buffer, needed.value, byref(needed))
+        return buffer.value.decode("utf-8")
+
+    @property
+    def version(self) -> str:
+        return self._dll.kakeya_version().decode("ascii")
+
+    @property
+    def simd(self) -> str:
+        """The instruction set that run-time dispatch chose: avx512, avx2 or portable."""
+        return self._dll.kakeya_simd().decode("ascii")
+
+    def recipe_page_bytes(self, recipe: str, head_dim: int) -> int:
+        """Bytes of one page (128 tokens of one KV head). ``recipe``: preset name or JSON."""
+        text = recipe.encode("utf-8")
+        out = c_size_t()
+        self.call("kakeya_recipe_page_bytes", text, len(text), head_dim, byref(out))
+        return out.value
+
+    def recipe_describe(self, recipe: str) -> dict[str, Any]:
+        """The recipe with every default filled in."""
+        text = recipe.encode("utf-8")
+        return json.loads(self._text("kakeya_recipe_describe", text, len(text)))
+
+    def recipe_names(self) -> list[str]:
+        """Names of the presets that the library ships."""
+        return json.loads(self._text("kakeya_recipe_list"))
+
+    def codec(self, recipe: str, model: dict[str, Any], calibration: bytes | None = None) -> Codec:
+        """A codec for one model. ``model``: num_layers, num_kv_heads, num_q_heads, head_dim,
+        max_position and rope, as kakeya.h describes; ``calibration``: the artefact's bytes."""
+        recipe_text = recipe.encode("utf-8")
+        model_text = json.dumps(model).encode("utf-8")
+        handle = c_void_p()
+        self.call(
+            "kakeya_codec_new",
+            recipe_text,
+            len(recipe_text),
+            model_text,
+            len(model_text),
+            calibration,
+            len(calibration) if calibration else 0,
+            byref(handle),
+        )
+        return Codec(self, handle)
+
+
+class Codec:
+    """A kakeya_codec: immutable, usable from any thread; freed with the object.
+
+    Tensors are passed by address: the caller keeps them alive and contiguous in head_dim.
+    """
+
+    def __init__(self, library: Library, handle: c_void_p) -> None:
+        self.library = library
+        self._handle = handle
+        # Bound once: these two are called for every layer of every step.
+        self._write = library._dll.kakeya_write
+        self._attend = library._dll.kakeya_attend
+
+    def __del__(self) -> None:
+        handle, self._handle = getattr(self, "_handle", None), None
+        if handle:
+            self.library._dll.kakeya_codec_free(handle)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, page_bytes, ratio, quantizer, fingerprint of the static tables, and per layer."""
+        return json.loads(self.library._text("kakeya_codec_describe", self._handle))
+
+    def page_bytes(self, layer: int) -> int:
+        out = c_size_t()
+        self.library.call("kakeya_codec_page_bytes", self._handle, layer, byref(out))
+        return out.value
+
+    def page_layout(self, layer: int) -> PageLayout:
+        out = PageLayout(struct_size=ctypes.sizeof(PageLayout))
+        self.library.call("kakeya_codec_page_layout", self._handle, layer, byref(out))
+        return out
+
+    def seal(self, args: SealArgs) -> None:
+        args.struct_size = ctypes.sizeof(SealArgs)
+        self.library.call("kakeya_seal", self._handle, byref(args))
+
+    def open(
+        self, layer: int, head: int, page: int, page_len: int, k: int, v: int, out_len: int
+    ) -> None:
+        """One page to float32 k, v [128][D] at the given addresses; out_len floats each."""
+        self.library.call("kakeya_open", self._handle, layer, head, page, page_len, k, v, out_len)
+
+    def write(self, args: WriteArgs) -> None:
+        self.library.check(self._write(self._handle, byref(args)))
+
+    def attend(self, args: AttendArgs) -> None:
+        self.library.check(self._attend(self._handle, byref(args)))
+
+
+@functools.cache
+def load() -> Library:
+    """The library of this process, loaded at the first call."""
+    return Library(library_path())

@@ -1,0 +1,214 @@
+"""Open blocks: which raw block of the pool belongs to which KV-cache block, kept exactly.
+
+A block that is not full cannot be a page yet; its tokens lie raw in an *open block*. Each layer
+has a pool of them, ``[num_open][2 (K, V)][heads][128][head_dim]``; a slot index means the same
+sequence in every layer, so one map ``open_slot[block_id] -> slot`` (int32, -1 = none) serves all.
+
+Slots are followed per request from what the scheduler says in each step, never guessed from
+tensors: only the scheduler knows that a request was aborted or preempted and that its block ids
+now belong to somebody else. The rules, with ``c`` tokens computed before a step and ``n`` new:
+
+* A block that [c, c+n) touches and does not cover whole needs a slot during the step: it reads or
+  keeps raw tokens. A block that is covered whole is sealed straight from K and V.
+* A slot is free once its block is full and cannot be written again. Without speculative decoding
+  that is as soon as the step that filled it is over. With it, the scheduler's ``c`` counts drafts
+  that may be rejected, so the block before stays for ``lookback`` more tokens.
+* Finished, aborted and preempted requests free all their slots. A resumed one starts again at a
+  block boundary.
+
+A live slot is never taken: if none is free, OpenBlocksExhausted names the setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kakeya_vllm.lib import BLOCK_TOKENS
+
+# Slots beyond one a sequence: a prompt whose chunk begins and ends inside a block holds two, and
+# the scheduler leaves few prompts in that state at once (it fills the token budget in order).
+SPARE = 16
+
+
+class OpenBlocksExhausted(RuntimeError):
+    """No free slot: more partial blocks are alive than the pool was sized for."""
+
+
+class OpenBlockError(RuntimeError):
+    """The scheduler's output contradicts what was followed so far."""
+
+
+def pool_size(vllm_config: Any) -> int:
+    """Slots of the pool: what this configuration can hold open at once.
+
+    One a running sequence; two where every sequence may hold two at once: with speculative
+    decoding (the block before stays open), with a chunk length of its own for long prompts, and
+    with multimodal inputs (their chunks end where an image does).
+    """
+    scheduler = vllm_config.scheduler_config
+    double = (
+        vllm_config.speculative_config is not None
+        or scheduler.long_prefill_token_threshold > 0
+        or vllm_config.model_config.is_multimodal_model
+    )
+    return scheduler.max_num_seqs * (2 if double else 1) + SPARE
+
+
+def lookback_tokens(vllm_config: Any) -> int:
+    """By how many tokens the scheduler's count may run ahead of the truth.
+
+    Each step in flight may carry num_speculative_tokens drafts that are rejected; asynchronous
+    scheduling keeps two steps in flight, pipeline parallelism one a stage.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return 0
+    in_flight = max(2, vllm_config.parallel_config.pipeline_parallel_size)
+    return speculative.num_speculative_tokens * in_flight
+
+
+@dataclass
+class _Request:
+    """What is known of a live request: its blocks in order, and slot by index of block."""
+
+    block_ids: list[int]
+    slots: dict[int, int] = field(default_factory=dict)
+    computed: int = 0  # tokens computed once the latest step it was in is over
+
+
+class OpenBlocks:
+    """The map from block id to slot for one KV-cache group, updated once a step."""
+
+    def __init__(self, num_blocks: int, num_open: int, *, group: int = 0, lookback: int = 0):
+        """``num_blocks``: of the KV cache; ``group``: index of our KV-cache group in the tuples
+        of block ids; ``lookback``: see :func:`lookback_tokens`."""
+        self.num_open = num_open
+        self.open_slot = torch.full((num_blocks,), -1, dtype=torch.int32)
+        self.peak = 0
+        self._map = self.open_slot.numpy()  # the same memory; item access is far cheaper
+        self._group = group
+        self._lookback = lookback
+        # Lowest first, so that a lightly loaded engine touches few pages of the pool's memory.
+        self._free = list(range(num_open - 1, -1, -1))
+        self._requests: dict[str, _Request] = {}
+
+    @property
+    def in_use(self) -> int:
+        """Slots held now."""
+        return self.num_open - len(self._free)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests followed now."""
+        return len(self._requests)
+
+    def slots_of(self, request_id: str) -> dict[int, int]:
+        """Slot by index of block in the request; empty for an unknown request."""
+        request = self._requests.get(request_id)
+        return dict(request.slots) if request else {}
+
+    def update(self, step: Any) -> None:
+        """Take in one SchedulerOutput, before the model runs it."""
+        if getattr(step, "kv_cache_block_copies", None):
+            raise OpenBlockError(
+                "the scheduler copies parts of blocks (prefix_match_unit finer than a block), "
+                "which compressed pages do not allow"
+            )
+        # Finished before new: an aborted request may come back under its old id in one step.
+        for request_id in step.finished_req_ids:
+            self._forget(request_id)
+        for request_id in step.preempted_req_ids or ():
+            self._forget(request_id)
+        for request in self._requests.values():
+            self._release_sealed(request, request.computed)
+
+        starts: dict[str, int] = {}
+        for new in step.scheduled_new_reqs:
+            # A known id: a session that got more input; its blocks so far stay where they are.
+            request = self._requests.setdefault(new.req_id, _Request([]))
+            self._replace_blocks(request, new.block_ids[self._group])
+            starts[new.req_id] = new.num_computed_tokens
+        cached = step.scheduled_cached_reqs
+        for request_id, new_blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if request_id in cached.resumed_req_ids:
+                self._forget(request_id)
+                self._requests[request_id] = _Request(list(new_blocks[self._group]))
+            elif request_id not in self._requests:
+                raise OpenBlockError(f"request {request_id} is scheduled but was never announced")
+            elif new_blocks is not None:
+                self._requests[request_id].block_ids.extend(new_blocks[self._group])
+            starts[request_id] = computed
+
+        # Free everything that can be freed before the first slot is taken.
+        for request_id, start in starts.items():
+            self._release_sealed(self._requests[request_id], start)
+        for request_id, start in starts.items():
+            count = step.num_scheduled_tokens.get(request_id, 0)
+            self._take(request_id, self._requests[request_id], start, count)
+        self.peak = max(self.peak, self.in_use)
+
+    def _take(self, request_id: str, request: _Request, start: int, count: int) -> None:
+        """Give a slot to each block that [start, start + count) touches and does not fill."""
+        end = start + count
+        request.computed = end
+        if count == 0:
+            return
+        head, tail = start // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS
+        if tail >= len(request.block_ids):
+            raise OpenBlockError(
+                f"request {request_id} computes up to token {end} with only "
+                f"{len(request.block_ids)} blocks"
+            )
+        for index in {head, tail}:
+            first = index * BLOCK_TOKENS
+            if index in request.slots or (start <= first and first + BLOCK_TOKENS <= end):
+                continue
+            if index == head and start % BLOCK_TOKENS:
+                # Its first tokens were never written raw here: reading them would be garbage.
+                raise OpenBlockError(
+                    f"request {request_id} continues inside block {index} at token {start}, "
+                    "whose earlier tokens are not open in this process"
+                )
+            request.slots[index] = self._assign(request.block_ids[index])
+
+    def _assign(self, block_id: int) -> int:
+        if self._map[block_id] >= 0:
+            raise OpenBlockError(f"block {block_id} is already open for another request")
+        if not self._free:
+            raise OpenBlocksExhausted(
+                f"all {self.num_open} open blocks are in use. The pool is sized from max_num_seqs "
+                "(--max-num-seqs): raise it"
+            )
+        slot = self._free.pop()
+        self._map[block_id] = slot
+        return slot
+
+    def _release(self, request: _Request, indices: Iterable[int]) -> None:
+        for index in list(indices):
+            self._free.append(request.slots.pop(index))
+            self._map[request.block_ids[index]] = -1
+
+    def _release_sealed(self, request: _Request, computed: int) -> None:
+        """Free the slots of blocks that are full for good, given ``computed`` tokens."""
+        settled = (computed - self._lookback) // BLOCK_TOKENS
+        if request.slots:
+            self._release(request, [index for index in request.slots if index < settled])
+
+    def _replace_blocks(self, request: _Request, block_ids: list[int]) -> None:
+        known = request.block_ids
+        self._release(
+            request,
+            [i for i in request.slots if i >= len(block_ids) or block_ids[i] != known[i]],
+        )
+        request.block_ids = list(block_ids)  # the scheduler's own list may grow later
+
+    def _forget(self, request_id: str) -> None:
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._release(request, request.slots)

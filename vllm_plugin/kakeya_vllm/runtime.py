@@ -1,0 +1,121 @@
+"""One worker's KAKEYA: the codec, the open-block bookkeeping, and who uses them.
+
+Made once a worker, right after the model is loaded (the codec needs the model's rotary angles)
+and before vLLM profiles memory. All compressed layers share it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kakeya_vllm import banner, lib, rope, support
+from kakeya_vllm.config import Settings
+from kakeya_vllm.open_blocks import OpenBlocks, lookback_tokens, pool_size
+
+
+class Runtime:
+    """What the layers of one worker share. ``open_blocks`` exists once :meth:`bind` was called."""
+
+    def __init__(self, vllm_config: Any, settings: Settings, layers: dict[str, Any], codec: Any):
+        self.vllm_config = vllm_config
+        self.settings = settings
+        self.layers = layers  # name -> vLLM Attention layer, compressed ones only
+        self.codec = codec
+        self.open_blocks: OpenBlocks | None = None
+
+    @classmethod
+    def for_worker(cls, worker: Any, settings: Settings) -> Runtime:
+        """Find the compressed layers of a loaded worker, make the codec and hand it to them."""
+        from kakeya_vllm.impl import KakeyaImpl
+
+        vllm_config = worker.vllm_config
+        context = vllm_config.compilation_config.static_forward_context
+        layers = {
+            name: layer
+            for name, layer in context.items()
+            if isinstance(getattr(layer, "impl", None), KakeyaImpl)
+        }
+        shape = _model_shape(vllm_config)
+        _check_layers(layers, shape, vllm_config)
+        codec = None
+        if layers:
+            model = worker.get_model()
+            text_config = vllm_config.model_config.hf_text_config
+            found = rope.find(model, list(layers), text_config)
+            shape["rope"] = None if found is None else found.to_json()
+            artefact = Path(settings.calibration).read_bytes() if settings.calibration else None
+            codec = lib.load().codec(settings.recipe, shape, artefact)
+        runtime = cls(vllm_config, settings, layers, codec)
+        first_head = _first_kv_head(vllm_config)
+        for name, layer in layers.items():
+            layer.impl.bind(runtime, support.layer_index(name), first_head)
+        return runtime
+
+    def bind(self, kv_cache_config: Any) -> None:
+        """Take the KV cache's size; called before vLLM allocates it and builds metadata."""
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) > 1:
+            names = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
+            raise support.UnsupportedFeature([f"{len(groups)} kinds of KV cache ({names})"])
+        block_size = groups[0].kv_cache_spec.block_size if groups else lib.BLOCK_TOKENS
+        if block_size != lib.BLOCK_TOKENS:
+            raise support.UnsupportedFeature(
+                [f"block size {block_size} (valid: {lib.BLOCK_TOKENS}, the codec's block)"]
+            )
+        self.open_blocks = OpenBlocks(
+            kv_cache_config.num_blocks,
+            pool_size(self.vllm_config),
+            lookback=lookback_tokens(self.vllm_config),
+        )
+        banner.log(self, kv_cache_config)
+
+
+def _model_shape(vllm_config: Any) -> dict[str, Any]:
+    """The attention shape of the whole model, over all ranks, as kakeya_codec_new takes it."""
+    model = vllm_config.model_config
+    return {
+        "num_layers": model.get_total_num_hidden_layers(),
+        "num_kv_heads": model.get_total_num_kv_heads(),
+        "num_q_heads": model.model_arch_config.total_num_attention_heads,
+        "head_dim": model.get_head_size(),
+        # At least as far as this engine goes; the config's own limit otherwise, so that engines
+        # with different max_model_len describe the same model.
+        "max_position": max(
+            int(getattr(model.hf_text_config, "max_position_embeddings", 0) or 0),
+            int(model.max_model_len),
+        ),
+    }
+
+
+def _first_kv_head(vllm_config: Any) -> int:
+    """Index in the whole model of this tensor-parallel rank's first KV head.
+
+    With more ranks than KV heads vLLM replicates heads, and neighbouring ranks share one; the
+    same division covers both cases.
+    """
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    size = vllm_config.parallel_config.tensor_parallel_size
+    return get_tensor_model_parallel_rank() * total // size
+
+
+def _check_layers(layers: dict[str, Any], shape: dict[str, Any], vllm_config: Any) -> None:
+    """Refuse layers that the one shape given to the codec does not describe."""
+    size = vllm_config.parallel_config.tensor_parallel_size
+    kv_heads = max(1, shape["num_kv_heads"] // size)
+    seen: dict[int, str] = {}
+    for name, layer in layers.items():
+        index = support.layer_index(name)
+        if index is None or index >= shape["num_layers"]:
+            raise support.UnsupportedFeature(
+                [f"attention layers outside the model's {shape['num_layers']} layers"], name
+            )
+        if index in seen:
+            raise support.UnsupportedFeature(
+                [f"several attention modules in layer {index} ({seen[index]})"], name
+            )
+        seen[index] = name
+        if (layer.num_kv_heads, layer.head_size) != (kv_heads, shape["head_dim"]):
+            raise support.UnsupportedFeature(["layers with differing heads"], name)

@@ -1,0 +1,190 @@
+"""What KAKEYA refuses, by name and at start-up.
+
+A feature that is not listed in docs/vllm.md as supported must not run with quietly wrong answers,
+so every configuration is checked twice: by the process that builds the engine, before anything is
+spawned, and by every worker. What only a layer knows (soft cap, sinks, ALiBi) is checked when the
+layer is built.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kakeya_vllm.lib import BLOCK_TOKENS
+
+# Drafts from these methods come without a model, so no layer of a drafter needs a cache.
+MODEL_FREE_SPECULATION = ("ngram", "suffix")
+
+
+class UnsupportedFeature(ValueError):
+    """Features of the model or the configuration that KAKEYA does not support, by name."""
+
+    def __init__(self, features: list[str], where: str = "") -> None:
+        place = f" ({where})" if where else ""
+        super().__init__(f"KAKEYA does not support{place}: " + "; ".join(features))
+        self.features = features
+
+
+def layer_index(prefix: str) -> int | None:
+    """Number of the layer in a module name, ``model.layers.3.self_attn.attn`` -> 3.
+
+    None when the name has no number or more than one: such a layer cannot be told apart.
+    """
+    numbers = [part for part in prefix.split(".") if part.isdigit()]
+    return int(numbers[0]) if len(numbers) == 1 else None
+
+
+def check_config(vllm_config: Any) -> None:
+    """Raise UnsupportedFeature if anything in the engine's configuration is not supported."""
+    features = [
+        *_platform_features(),
+        *_model_features(vllm_config.model_config),
+        *_cache_features(vllm_config),
+        *_parallel_features(vllm_config.parallel_config),
+        *_speculative_features(vllm_config),
+    ]
+    if features:
+        raise UnsupportedFeature(features)
+
+
+def _platform_features() -> list[str]:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return []
+    return [f"the {current_platform.device_name} platform (this release runs on CPU)"]
+
+
+def _model_features(model: Any) -> list[str]:
+    text = model.hf_text_config
+    kinds = set(getattr(text, "layer_types", None) or ())
+    found = []
+    if model.use_mla:
+        found.append("MLA (multi-head latent attention)")
+    if model.is_encoder_decoder:
+        found.append("cross attention (an encoder-decoder model)")
+    if model.is_hybrid or model.is_attention_free:
+        found.append("state-space and linear-attention layers (a hybrid model)")
+    if model.uses_alibi:
+        found.append("ALiBi")
+    if model.uses_mrope:
+        found.append("M-RoPE")
+    if getattr(model, "is_mm_prefix_lm", False):
+        found.append("bidirectional attention over image tokens (prefix LM)")
+    if getattr(model, "rswa_window", None) is not None:
+        found.append("reference sliding-window attention")
+    if getattr(model, "is_diffusion", False):
+        found.append("diffusion language models")
+    windowed = kinds & {"sliding_attention", "chunked_attention"}
+    if windowed and "full_attention" in kinds:
+        # vLLM pads the smaller page of two kinds to the larger one, so compressing only the
+        # full-attention layers (attention_config.backend_per_kind) would save no memory.
+        found.append(
+            "models that mix full and sliding-window layers (vLLM pads the pages of both kinds "
+            "to one size, which undoes the compression)"
+        )
+    elif windowed or model.get_sliding_window() is not None:
+        found.append("sliding-window attention")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        found.append("logits soft cap")
+    return found
+
+
+def _cache_features(vllm_config: Any) -> list[str]:
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    found = []
+    dtype = str(model.dtype).removeprefix("torch.")
+    if cache.cache_dtype not in ("auto", dtype):
+        found.append(
+            f"kv_cache_dtype {cache.cache_dtype} (valid: auto or {dtype}, the model's own; "
+            "KAKEYA_RECIPE chooses the compression)"
+        )
+    if cache.user_specified_block_size and cache.block_size != BLOCK_TOKENS:
+        found.append(f"block size {cache.block_size} (valid: {BLOCK_TOKENS}, the codec's block)")
+    if getattr(cache, "prefix_match_unit", None) not in (None, BLOCK_TOKENS):
+        found.append(
+            f"prefix_match_unit {cache.prefix_match_unit} (valid: unset or {BLOCK_TOKENS}; a page "
+            "cannot be copied in part)"
+        )
+    if cache.kv_sharing_fast_prefill:
+        found.append("kv_sharing_fast_prefill")
+    if vllm_config.kv_transfer_config is not None:
+        found.append("KV connectors (kv_transfer_config)")
+    if getattr(cache, "kv_offloading_size", None):
+        found.append("KV offloading (kv_offloading_size)")
+    kinds = vllm_config.attention_config.backend_per_kind or {}
+    if kinds and set(kinds) != {"full_attention"}:
+        found.append(
+            f"backend_per_kind for {', '.join(sorted(kinds))} (valid: full_attention only)"
+        )
+    return found
+
+
+def _parallel_features(parallel: Any) -> list[str]:
+    found = []
+    if parallel.decode_context_parallel_size > 1:
+        found.append("decode context parallelism (DCP)")
+    if parallel.prefill_context_parallel_size > 1:
+        found.append("prefill context parallelism (PCP)")
+    if parallel.use_ubatching:
+        found.append("micro-batching (enable_dbo, ubatch_size)")
+    return found
+
+
+def _speculative_features(vllm_config: Any) -> list[str]:
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return []
+    from kakeya_vllm.open_blocks import lookback_tokens
+
+    if speculative.method not in MODEL_FREE_SPECULATION:
+        return [
+            f"speculative decoding with {speculative.method} (valid: "
+            f"{', '.join(MODEL_FREE_SPECULATION)}; a draft model's own layers have no recipe)"
+        ]
+    drafts = speculative.num_speculative_tokens
+    if drafts + 1 + lookback_tokens(vllm_config) > BLOCK_TOKENS:
+        return [f"{drafts} speculative tokens (at most two blocks of a sequence may be open)"]
+    return []
+
+
+def check_impl(
+    *,
+    alibi_slopes: Any = None,
+    sliding_window: Any = None,
+    logits_soft_cap: Any = None,
+    attn_type: str = "decoder",
+    kv_sharing_target_layer_name: str | None = None,
+    sinks: Any = None,
+    others: dict[str, Any] | None = None,
+) -> None:
+    """Raise UnsupportedFeature for what vLLM hands to an implementation of a layer."""
+    found = []
+    if alibi_slopes is not None:
+        found.append("ALiBi")
+    if sliding_window is not None:
+        found.append(f"sliding-window attention (window {sliding_window})")
+    if logits_soft_cap:
+        found.append(f"logits soft cap ({logits_soft_cap})")
+    if attn_type != "decoder":
+        found.append(f"{attn_type} attention (encoder and cross attention)")
+    if kv_sharing_target_layer_name is not None:
+        found.append("layers that share another layer's KV cache")
+    if sinks is not None:
+        found.append("attention sinks")
+    found.extend(f"the attention option {name}" for name, v in (others or {}).items() if v)
+    if found:
+        raise UnsupportedFeature(found)
+
+
+def check_layer(layer: Any) -> None:
+    """Raise UnsupportedFeature for what only a finished vLLM attention layer shows."""
+    found = []
+    if layer.head_size_v != layer.head_size:
+        found.append(
+            f"value heads of another size than key heads ({layer.head_size_v}, {layer.head_size})"
+        )
+    if layer_index(layer.layer_name) is None:
+        found.append("attention layers whose name does not hold exactly one layer number")
+    if found:
+        raise UnsupportedFeature(found, layer.layer_name)
