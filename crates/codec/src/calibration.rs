@@ -1,0 +1,127 @@
+//! The calibration file: one safetensors artefact of a model's static statistics, from which every recipe derives its
+//! tables. Tensors are f32, `[num_layers, num_kv_heads, head_dim]`, channels in the model's own order:
+//!
+//! | tensor | meaning |
+//! |---|---|
+//! | `k_mean`, `k_var` | of keys before rotary embedding |
+//! | `q_sq`, `q_mean` | E[q^2] and mean of queries before rotary embedding, over the query heads of the group |
+//! | `v_mean`, `v_var` | of Hadamard-transformed values |
+//! | `sink_energy` (optional), `[.., .., 8]` | normalised energy of the 1st..8th best scored token of a block |
+//!
+//! Metadata: `format` = `kakeya-calibration-1`; everything else is for people and for the serving engine.
+
+use crate::error::{Error, Result};
+use crate::shape::ModelShape;
+use safetensors::{Dtype, SafeTensors};
+
+/// Value of the metadata key `format`.
+pub const FORMAT: &str = "kakeya-calibration-1";
+/// Ranks of `sink_energy`.
+pub const RANKS: usize = 8;
+/// More than any model's artefact (126 layers x 8 heads x 128 channels take 4 MB); bounds what a hostile file costs.
+const MAX_BYTES: usize = 1 << 30;
+
+/// Statistics of a whole model, checked: shapes fit, all finite, variances positive.
+#[derive(Debug, Clone)]
+pub struct Calibration {
+    heads: usize,
+    head_dim: usize,
+    k_mean: Vec<f32>,
+    k_var: Vec<f32>,
+    q_sq: Vec<f32>,
+    q_mean: Vec<f32>,
+    v_mean: Vec<f32>,
+    v_var: Vec<f32>,
+    sink_energy: Option<Vec<f32>>,
+}
+
+/// Statistics of one KV head of one layer, `head_dim` values each.
+pub struct HeadStats<'a> {
+    pub k_mean: &'a [f32],
+    pub k_var: &'a [f32],
+    pub q_sq: &'a [f32],
+    pub q_mean: &'a [f32],
+    pub v_mean: &'a [f32],
+    pub v_var: &'a [f32],
+}
+
+impl Calibration {
+    /// Reads an artefact and checks it against the model.
+    pub fn parse(bytes: &[u8], shape: &ModelShape) -> Result<Calibration> {
+        let bad = |m: String| Error::BadCalibration(m);
+        if bytes.len() > MAX_BYTES {
+            return Err(bad(format!("{} bytes; valid: up to {MAX_BYTES}", bytes.len())));
+        }
+        let (_, header) =
+            SafeTensors::read_metadata(bytes).map_err(|e| bad(format!("not a safetensors file: {e}")))?;
+        let format =
+            header.metadata().as_ref().and_then(|m| m.get("format")).map_or("(none)", |s| s.as_str());
+        if format != FORMAT {
+            return Err(bad(format!("metadata 'format' is '{format}', expected '{FORMAT}'")));
+        }
+        let file = SafeTensors::deserialize(bytes).map_err(|e| bad(e.to_string()))?;
+        let read = |name: &'static str, last: usize| -> Result<Vec<f32>> {
+            let t = file.tensor(name).map_err(|_| bad(format!("tensor '{name}' is missing")))?;
+            let want = [shape.num_layers, shape.num_kv_heads, last];
+            if t.shape() != want {
+                return Err(Error::CalibrationMismatch {
+                    what: name,
+                    found: format!("{:?}", t.shape()),
+                    expected: format!("{want:?} (layers, KV heads, channels)"),
+                });
+            }
+            if t.dtype() != Dtype::F32 {
+                return Err(bad(format!("tensor '{name}' is {:?}, expected F32", t.dtype())));
+            }
+            let word = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            let values: Vec<f32> = t.data().chunks_exact(4).map(word).collect();
+            match values.iter().position(|v| !v.is_finite()) {
+                Some(i) => Err(bad(format!("tensor '{name}' holds {} at element {i}", values[i]))),
+                None => Ok(values),
+            }
+        };
+        let positive = |name: &'static str, v: Vec<f32>| match v.iter().position(|x| *x < 0.0) {
+            Some(i) => {
+                Err(bad(format!("tensor '{name}' holds {} at element {i}; it must not be negative", v[i])))
+            }
+            None => Ok(v),
+        };
+        let d = shape.head_dim;
+        let sink_energy = match file.names().iter().any(|n| *n == "sink_energy") {
+            true => Some(read("sink_energy", RANKS)?),
+            false => None,
+        };
+        Ok(Calibration {
+            heads: shape.num_kv_heads,
+            head_dim: d,
+            k_mean: read("k_mean", d)?,
+            k_var: positive("k_var", read("k_var", d)?)?,
+            q_sq: positive("q_sq", read("q_sq", d)?)?,
+            q_mean: read("q_mean", d)?,
+            v_mean: read("v_mean", d)?,
+            v_var: positive("v_var", read("v_var", d)?)?,
+            sink_energy,
+        })
+    }
+
+    /// Statistics of one KV head.
+    pub fn head(&self, layer: usize, head: usize) -> HeadStats<'_> {
+        let at = (layer * self.heads + head) * self.head_dim;
+        let r = at..at + self.head_dim;
+        HeadStats {
+            k_mean: &self.k_mean[r.clone()],
+            k_var: &self.k_var[r.clone()],
+            q_sq: &self.q_sq[r.clone()],
+            q_mean: &self.q_mean[r.clone()],
+            v_mean: &self.v_mean[r.clone()],
+            v_var: &self.v_var[r],
+        }
+    }
+
+    /// Energy of the `rank`-th best scored token of a block, mean over the layer's heads; `None` if not recorded.
+    pub fn sink_energy(&self, layer: usize, rank: usize) -> Option<f32> {
+        let e = self.sink_energy.as_ref()?;
+        let of = |h: usize| e[(layer * self.heads + h) * RANKS + rank];
+        Some((0..self.heads).map(of).sum::<f32>() / self.heads as f32)
+    }
+}

@@ -1,0 +1,210 @@
+//! A recipe is data: everything that decides how a page is laid out and filled, and nothing about a model.
+//!
+//! Presets are named by their capacity ratio, all bytes counted. A JSON object overrides single fields:
+//! `{"base": "kakeya-4.6x", "quantizer": "uniform"}`.
+
+use crate::error::{Error, Result};
+use crate::layout::PageLayout;
+use crate::shape::BLOCK;
+use serde::{Deserialize, Serialize};
+
+/// How a normalised channel becomes a code; see [`crate::grid`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Quantizer {
+    Uniform,
+    LloydMax,
+    Trellis,
+}
+
+/// What a page is made of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Recipe {
+    pub name: String,
+    /// Capacity against bf16: a page takes at most 1/ratio of the bytes of its keys and values.
+    pub ratio: f64,
+    pub quantizer: Quantizer,
+    /// Whether static tables (means, deviations, widths, sink query) come from a calibration file. Without it a page
+    /// carries wider block statistics and every unit of a stream has nearly the same width.
+    pub calibrated: bool,
+    /// Exact slots that every page has at least.
+    pub min_slots: usize,
+    /// Exact slots of layers in which calibration finds more than one sink token a block.
+    pub sink_slots: usize,
+    /// Weight of K's error against V's in the width allocation (optimum is flat between 3 and 8).
+    pub k_weight: f64,
+    /// Most (K widths, V widths) pairs that the heads of a model may use: a kernel compiles one body for each.
+    pub menu: usize,
+}
+
+/// Recipe file: any field of a recipe over a named base.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RecipeFile {
+    #[serde(default = "default_name")]
+    base: String,
+    name: Option<String>,
+    ratio: Option<f64>,
+    quantizer: Option<Quantizer>,
+    calibrated: Option<bool>,
+    min_slots: Option<usize>,
+    sink_slots: Option<usize>,
+    k_weight: Option<f64>,
+    menu: Option<usize>,
+}
+
+/// Preset taken when nothing is asked for.
+pub const DEFAULT_RECIPE: &str = "kakeya-4.6x";
+
+fn default_name() -> String {
+    DEFAULT_RECIPE.to_string()
+}
+
+const RATIOS: [(&str, f64); 4] = [("4.0x", 4.0), ("4.6x", 4.6), ("5.3x", 5.3), ("6.4x", 6.4)];
+const RUNGS: [(&str, Quantizer); 3] =
+    [("", Quantizer::Trellis), ("-lloyd-max", Quantizer::LloydMax), ("-uniform", Quantizer::Uniform)];
+
+/// Exact slots that a page header can index.
+pub const MAX_SLOTS: usize = 8;
+
+impl Recipe {
+    /// Names of all presets.
+    pub fn presets() -> Vec<String> {
+        let mut names = Vec::new();
+        for family in ["kakeya-", "kakeya-free-"] {
+            for (ratio, _) in RATIOS {
+                names.extend(RUNGS.iter().map(|(rung, _)| format!("{family}{ratio}{rung}")));
+            }
+        }
+        names
+    }
+
+    fn preset(name: &str) -> Option<Recipe> {
+        let (calibrated, rest) = match name.strip_prefix("kakeya-free-") {
+            Some(rest) => (false, rest),
+            None => (true, name.strip_prefix("kakeya-")?),
+        };
+        let (tag, ratio) = RATIOS.iter().find(|(tag, _)| rest.starts_with(tag))?;
+        let (_, quantizer) = RUNGS.iter().find(|(rung, _)| &rest[tag.len()..] == *rung)?;
+        Some(Recipe {
+            name: name.to_string(),
+            ratio: *ratio,
+            quantizer: *quantizer,
+            calibrated,
+            min_slots: 1,
+            sink_slots: 4,
+            k_weight: 6.0,
+            menu: 16,
+        })
+    }
+
+    /// A preset's name, or a JSON object with fields to override.
+    pub fn parse(text: &str) -> Result<Recipe> {
+        let text = text.trim();
+        let lookup = |name: &str| {
+            Recipe::preset(name).ok_or_else(|| {
+                Error::BadRecipe(format!(
+                    "no preset is named '{name}'; valid: {}",
+                    Recipe::presets().join(", ")
+                ))
+            })
+        };
+        if !text.starts_with('{') {
+            return lookup(text);
+        }
+        let file: RecipeFile = serde_json::from_str(text).map_err(|e| Error::BadRecipe(e.to_string()))?;
+        let base = lookup(&file.base)?;
+        let recipe = Recipe {
+            name: file.name.unwrap_or_else(|| format!("{} (modified)", base.name)),
+            ratio: file.ratio.unwrap_or(base.ratio),
+            quantizer: file.quantizer.unwrap_or(base.quantizer),
+            calibrated: file.calibrated.unwrap_or(base.calibrated),
+            min_slots: file.min_slots.unwrap_or(base.min_slots),
+            sink_slots: file.sink_slots.unwrap_or(base.sink_slots),
+            k_weight: file.k_weight.unwrap_or(base.k_weight),
+            menu: file.menu.unwrap_or(base.menu),
+        };
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    fn check(&self) -> Result<()> {
+        let bad = |m: String| Err(Error::BadRecipe(m));
+        if !(2.7..=9.0).contains(&self.ratio) {
+            return bad(format!("ratio is {}; valid: 2.7..=9.0", self.ratio));
+        }
+        if self.min_slots > MAX_SLOTS || self.sink_slots > MAX_SLOTS {
+            return bad(format!(
+                "min_slots {} or sink_slots {} is above {MAX_SLOTS}",
+                self.min_slots, self.sink_slots
+            ));
+        }
+        if !(1e-3..=1e3).contains(&self.k_weight) {
+            return bad(format!("k_weight is {}; valid: 0.001..=1000", self.k_weight));
+        }
+        if !(1..=256).contains(&self.menu) {
+            return bad(format!("menu is {}; valid: 1..=256", self.menu));
+        }
+        if self.name.is_empty() || self.name.len() > 128 {
+            return bad("name must have 1..=128 bytes".to_string());
+        }
+        Ok(())
+    }
+
+    /// Bytes of one page: one KV head's keys and values of one block. The same for every layer and head.
+    pub fn page_bytes(&self, head_dim: usize) -> Result<usize> {
+        if !crate::shape::HEAD_DIMS.contains(&head_dim) {
+            return Err(Error::Unsupported(format!(
+                "head_dim {head_dim}; valid: {:?}",
+                crate::shape::HEAD_DIMS
+            )));
+        }
+        // 2 streams * 2 bytes * BLOCK tokens, floored to the 16 bytes that bulk copies and vector loads want.
+        let bytes = (4 * head_dim * BLOCK) as f64 / self.ratio;
+        let bytes = (bytes / 16.0).floor() as usize * 16;
+        PageLayout::new(self, head_dim, bytes, self.min_slots)?;
+        PageLayout::new(self, head_dim, bytes, self.sink_slots)?;
+        Ok(bytes)
+    }
+
+    /// The recipe with all fields resolved, for logs and reports.
+    pub fn to_json(&self) -> serde_json::Value {
+        let mut v = serde_json::to_value(self).expect("a recipe is plain data");
+        v["needs_calibration"] = self.calibrated.into();
+        v
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_preset_parses_and_keeps_its_ratio() {
+        for name in Recipe::presets() {
+            let r = Recipe::parse(&name).unwrap();
+            for d in crate::shape::HEAD_DIMS {
+                let bytes = r.page_bytes(d).unwrap();
+                let ratio = (4 * d * BLOCK) as f64 / bytes as f64;
+                assert!(ratio >= r.ratio && ratio < r.ratio * 1.01, "{name} D={d}: {ratio}");
+            }
+        }
+    }
+
+    #[test]
+    fn refusals_name_the_field_and_the_choice() {
+        for (text, part) in [
+            ("kakeya-4.7x", "kakeya-4.6x"),
+            ("", "no preset"),
+            ("{\"ratio\": 100}", "2.7..=9.0"),
+            ("{\"bits\": 3}", "unknown field"),
+            ("{\"base\": \"kakeya\"}", "valid:"),
+            ("{\"min_slots\": 9}", "above 8"),
+            ("{", "EOF"),
+        ] {
+            let e = Recipe::parse(text).unwrap_err().to_string();
+            assert!(e.contains(part), "{text}: {e}");
+        }
+        assert_eq!(Recipe::parse("{\"quantizer\":\"uniform\"}").unwrap().quantizer, Quantizer::Uniform);
+    }
+}

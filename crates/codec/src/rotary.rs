@@ -1,0 +1,109 @@
+//! Rotary embedding as the codec uses it. Keys arrive rotated by their position p. A page keeps them in the frame of
+//! its block's centre, t = 128 n + 64: turned back by t, so that a query turned back by t once a block meets them
+//! without any rotation of codes. What remains is each token's turn by its offset from the centre, j - 64.
+//!
+//! Angles are computed in f64 and rounded once to f32 (`libm`, so that every platform gets the same table). Channels
+//! are handled in canonical order: first members of all pairs, second members, channels that do not rotate.
+
+use crate::shape::{BLOCK, ModelShape};
+
+/// Offset of a block's centre from its first token.
+pub const CENTRE: usize = BLOCK / 2;
+
+/// Rotation tables of a model.
+#[derive(Debug, Clone)]
+pub struct Rotary {
+    /// Pairs that rotate: canonical channel i pairs with i + pairs.
+    pub pairs: usize,
+    /// Natural channel of each canonical one; `None` when they are the same.
+    pub natural: Option<Vec<usize>>,
+    /// cos and sin of the turn to the centre of block n: `[n * pairs + i]`.
+    centre_cos: Vec<f32>,
+    centre_sin: Vec<f32>,
+    /// cos and sin of token j's offset from the centre: `[j * pairs + i]`.
+    pub offset_cos: Vec<f32>,
+    pub offset_sin: Vec<f32>,
+}
+
+impl Rotary {
+    pub fn new(shape: &ModelShape) -> Rotary {
+        let (freq, interleaved): (&[f64], bool) = match &shape.rope {
+            Some(r) => (&r.inv_freq, r.interleaved),
+            None => (&[], false),
+        };
+        let pairs = freq.len();
+        let natural = interleaved.then(|| {
+            let first = (0..pairs).map(|i| 2 * i);
+            let second = (0..pairs).map(|i| 2 * i + 1);
+            first.chain(second).chain(2 * pairs..shape.head_dim).collect()
+        });
+        let table = |n: usize, angle: &dyn Fn(usize) -> f64| {
+            let mut cos = Vec::with_capacity(n * pairs);
+            let mut sin = Vec::with_capacity(n * pairs);
+            for t in 0..n {
+                for f in freq {
+                    cos.push(libm::cos(angle(t) * f) as f32);
+                    sin.push(libm::sin(angle(t) * f) as f32);
+                }
+            }
+            (cos, sin)
+        };
+        let (centre_cos, centre_sin) = table(shape.max_blocks(), &|n| (n * BLOCK + CENTRE) as f64);
+        let (offset_cos, offset_sin) = table(BLOCK, &|j| j as f64 - CENTRE as f64);
+        Rotary { pairs, natural, centre_cos, centre_sin, offset_cos, offset_sin }
+    }
+
+    /// cos and sin rows of block `n`'s centre.
+    #[inline(always)]
+    pub fn centre(&self, n: usize) -> (&[f32], &[f32]) {
+        let r = n * self.pairs..(n + 1) * self.pairs;
+        (&self.centre_cos[r.clone()], &self.centre_sin[r])
+    }
+
+    /// cos and sin rows of token `j`'s offset from its block's centre.
+    #[inline(always)]
+    pub fn offset(&self, j: usize) -> (&[f32], &[f32]) {
+        let r = j * self.pairs..(j + 1) * self.pairs;
+        (&self.offset_cos[r.clone()], &self.offset_sin[r])
+    }
+
+    /// Natural channel order to canonical.
+    #[inline(always)]
+    pub fn to_canonical(&self, row: &mut [f32]) {
+        if let Some(natural) = &self.natural {
+            let copy = row.to_vec();
+            for (c, &n) in natural.iter().enumerate() {
+                row[c] = copy[n];
+            }
+        }
+    }
+
+    /// Canonical channel order to natural.
+    #[inline(always)]
+    pub fn to_natural(&self, row: &mut [f32]) {
+        if let Some(natural) = &self.natural {
+            let copy = row.to_vec();
+            for (c, &n) in natural.iter().enumerate() {
+                row[n] = copy[c];
+            }
+        }
+    }
+}
+
+/// Turns the pairs of a canonical row forward by the given angles.
+#[inline(always)]
+pub fn turn(row: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (a, rest) = row.split_at_mut(cos.len());
+    for (((a, b), c), s) in a.iter_mut().zip(rest).zip(cos).zip(sin) {
+        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+    }
+}
+
+/// Turns the pairs of a canonical row back by the given angles.
+#[inline(always)]
+pub fn turn_back(row: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (a, rest) = row.split_at_mut(cos.len());
+    for (((a, b), c), s) in a.iter_mut().zip(rest).zip(cos).zip(sin) {
+        (*a, *b) = (*a * c + *b * s, *b * c - *a * s);
+    }
+}

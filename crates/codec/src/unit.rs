@@ -1,0 +1,223 @@
+//! The order of codes inside a unit: the order in which the GPU's `mma.m16n8k16` wants its A operand, so that a kernel
+//! reads a lane's codes with one or two loads and no shuffle.
+//!
+//! A unit holds 512 codes of one width: 32 lanes x 16 codes. Lane l has row g = l / 4 and column t = l % 4. A lane's 16
+//! codes are indexed by (h, m, c): h the half of a half2 register, m the register of a class, c the class of column
+//! pairs (K) or rows (V). Position in the lane: n = 8h + 4m + c.
+//!
+//! | stream, unit | channel | token |
+//! |---|---|---|
+//! | K, 32 channels x 16 tokens | 16 (c/2) + 8 (c%2) + 2t + h | g + 8m |
+//! | V, 32 channels x 16 tokens | g + 8c | 2t + 8m + h |
+//! | K, 16 channels x 32 tokens | 8 (c%2) + 2t + h | 16 (c/2) + g + 8m |
+//! | V, 16 channels x 32 tokens | g + 8 (c%2) | 16 (c/2) + 2t + 8m + h |
+//!
+//! Bits: each half h owns one 16-bit half of every 32-bit word, so `word & mask` gives the codes of a half2 as two fp16
+//! subnormals. Words and their order by width:
+//!
+//! | width | per lane | placement in each 16-bit half (bit of code (m, c)) |
+//! |---|---|---|
+//! | 1 | u16 | byte h: 4m + c |
+//! | 2 | u32 | 8m + 2c |
+//! | 3 | u32, u16 | word: (0,c<3) 3c, (1,c<2) 9 + 3c, bit 15 top bit of (1,2); byte h of the u16: (0,3) 0, (1,3) 3, low bits of (1,2) 6 |
+//! | 4 | 2 u32 | word c/2: 8m + 4 (c%2) |
+//! | 5 | 2 u32, u16 | word m: (c<3) 5c, bit 15 top bit of (m,3); byte h of the u16: low bits of (m,3) 4m |
+//! | 6 | 2 u32, u32 | word m: (c<2) 6c, 12 high bits of (m,3); third word: (m,2) 6m, low bits of (m,3) 12 + 2m |
+//!
+//! The first column's words of all 32 lanes come first (a pair of words of a lane stays together), then the second
+//! column's. A trellis unit of width w is a plane of path bits in the layout of width 1, followed by the refinement
+//! codes in the layout of width w - 1.
+
+use crate::layout::UnitShape;
+
+/// Lanes of a warp.
+pub const LANES: usize = 32;
+/// Codes of a lane in a unit.
+pub const CODES: usize = 16;
+
+/// Bytes of a unit whose codes have `width` bits.
+pub const fn unit_bytes(width: usize) -> usize {
+    64 * width
+}
+
+/// Which stream a unit belongs to: their fragments differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    K,
+    V,
+}
+
+/// (channel, token) inside the unit of code `n` of `lane`.
+#[inline(always)]
+pub fn place(stream: Stream, unit: UnitShape, lane: usize, n: usize) -> (usize, usize) {
+    let (g, t) = (lane / 4, lane % 4);
+    let (h, m, c) = (n / 8, n / 4 % 2, n % 4);
+    match (stream, unit.channels) {
+        (Stream::K, 32) => (16 * (c / 2) + 8 * (c % 2) + 2 * t + h, g + 8 * m),
+        (Stream::V, 32) => (g + 8 * c, 2 * t + 8 * m + h),
+        (Stream::K, _) => (8 * (c % 2) + 2 * t + h, 16 * (c / 2) + g + 8 * m),
+        (Stream::V, _) => (g + 8 * (c % 2), 16 * (c / 2) + 2 * t + 8 * m + h),
+    }
+}
+
+/// Codes of a unit by position in the lane, then lane.
+pub type Codes = [[u8; LANES]; CODES];
+
+/// A lane's words: two of the first column, one of the second.
+type Words = [[u32; LANES]; 3];
+
+/// One piece of a code: `bits` bits of the code from `code_bit` on lie in word `word` from `bit` on (plus 16h, or 8h in
+/// the byte-wise words of widths 1, 3 and 5).
+struct Piece {
+    word: usize,
+    bit: u32,
+    code_bit: u32,
+    bits: u32,
+}
+
+const fn piece(word: usize, bit: u32, code_bit: u32, bits: u32) -> Piece {
+    Piece { word, bit, code_bit, bits }
+}
+
+/// The pieces of code (m, c) at a width; the second has zero bits where one is enough.
+#[inline(always)]
+fn pieces(width: usize, m: u32, c: u32) -> [Piece; 2] {
+    let none = piece(0, 0, 0, 0);
+    let mw = m as usize;
+    match (width, m, c) {
+        (1, _, _) => [piece(2, 4 * m + c, 0, 1), none],
+        (2, _, _) => [piece(0, 8 * m + 2 * c, 0, 2), none],
+        (3, 0, 0..3) => [piece(0, 3 * c, 0, 3), none],
+        (3, 1, 0..2) => [piece(0, 9 + 3 * c, 0, 3), none],
+        (3, 1, 2) => [piece(0, 15, 2, 1), piece(2, 6, 0, 2)],
+        (3, _, _) => [piece(2, 3 * m, 0, 3), none],
+        (4, _, _) => [piece(c as usize / 2, 8 * m + 4 * (c % 2), 0, 4), none],
+        (5, _, 0..3) => [piece(mw, 5 * c, 0, 5), none],
+        (5, _, _) => [piece(mw, 15, 4, 1), piece(2, 4 * m, 0, 4)],
+        (6, _, 0..2) => [piece(mw, 6 * c, 0, 6), none],
+        (6, _, 2) => [piece(2, 6 * m, 0, 6), none],
+        (6, _, _) => [piece(mw, 12, 2, 4), piece(2, 12 + 2 * m, 0, 2)],
+        _ => unreachable!("widths are 1..=6"),
+    }
+}
+
+/// Words of the first column and bytes of the second column's words, per lane.
+const fn columns(width: usize) -> (usize, usize) {
+    match width {
+        1 => (0, 2),
+        2 => (1, 0),
+        3 => (1, 2),
+        4 => (2, 0),
+        5 => (2, 2),
+        _ => (2, 4),
+    }
+}
+
+#[inline(always)]
+fn half_shift(width: usize, word: usize, h: u32) -> u32 {
+    if word == 2 && width != 6 { 8 * h } else { 16 * h }
+}
+
+/// Packs codes of `width` bits (1..=6) into `unit_bytes(width)` bytes.
+#[inline(always)]
+pub fn pack(width: usize, codes: &Codes, out: &mut [u8]) {
+    let mut words: Words = [[0; LANES]; 3];
+    for (n, row) in codes.iter().enumerate() {
+        let (h, m, c) = (n as u32 / 8, n as u32 / 4 % 2, n as u32 % 4);
+        for p in pieces(width, m, c) {
+            if p.bits > 0 {
+                let shift = p.bit + half_shift(width, p.word, h);
+                let mask = (1u32 << p.bits) - 1;
+                for (w, &code) in words[p.word].iter_mut().zip(row) {
+                    *w |= ((u32::from(code) >> p.code_bit) & mask) << shift;
+                }
+            }
+        }
+    }
+    let (first, second) = columns(width);
+    for lane in 0..LANES {
+        for w in 0..first {
+            let at = (lane * first + w) * 4;
+            out[at..at + 4].copy_from_slice(&words[w][lane].to_le_bytes());
+        }
+        let at = LANES * first * 4 + lane * second;
+        out[at..at + second].copy_from_slice(&words[2][lane].to_le_bytes()[..second]);
+    }
+}
+
+/// Unpacks `unit_bytes(width)` bytes.
+#[inline(always)]
+pub fn unpack(width: usize, bytes: &[u8], codes: &mut Codes) {
+    let mut words: Words = [[0; LANES]; 3];
+    let (first, second) = columns(width);
+    for lane in 0..LANES {
+        for w in 0..first {
+            let at = (lane * first + w) * 4;
+            words[w][lane] = u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+        }
+        let mut tail = [0; 4];
+        let at = LANES * first * 4 + lane * second;
+        tail[..second].copy_from_slice(&bytes[at..at + second]);
+        words[2][lane] = u32::from_le_bytes(tail);
+    }
+    for (n, row) in codes.iter_mut().enumerate() {
+        let (h, m, c) = (n as u32 / 8, n as u32 / 4 % 2, n as u32 % 4);
+        let [a, b] = pieces(width, m, c);
+        let sa = a.bit + half_shift(width, a.word, h);
+        let ma = (1u32 << a.bits) - 1;
+        for (code, &w) in row.iter_mut().zip(&words[a.word]) {
+            *code = (((w >> sa) & ma) << a.code_bit) as u8;
+        }
+        if b.bits > 0 {
+            let sb = b.bit + half_shift(width, b.word, h);
+            let mb = (1u32 << b.bits) - 1;
+            for (code, &w) in row.iter_mut().zip(&words[b.word]) {
+                *code |= (((w >> sb) & mb) << b.code_bit) as u8;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_cover_the_unit_once() {
+        for unit in [UnitShape { channels: 32, tokens: 16 }, UnitShape { channels: 16, tokens: 32 }] {
+            for stream in [Stream::K, Stream::V] {
+                let mut seen = vec![false; 512];
+                for lane in 0..LANES {
+                    for n in 0..CODES {
+                        let (c, t) = place(stream, unit, lane, n);
+                        assert!(c < unit.channels && t < unit.tokens);
+                        assert!(!std::mem::replace(&mut seen[c * unit.tokens + t], true));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Every single bit of every code survives, alone and with all others set.
+    #[test]
+    fn pack_and_unpack_are_inverse_bit_by_bit() {
+        for width in 1..=6 {
+            let full = (1u8 << width) - 1;
+            for n in 0..CODES {
+                for lane in [0, 1, 13, 31] {
+                    for bit in 0..width {
+                        for base in [0, full] {
+                            let mut codes: Codes = [[base; LANES]; CODES];
+                            codes[n][lane] ^= 1 << bit;
+                            let mut bytes = vec![0; unit_bytes(width)];
+                            pack(width, &codes, &mut bytes);
+                            let mut back: Codes = [[0xee; LANES]; CODES];
+                            unpack(width, &bytes, &mut back);
+                            assert_eq!(codes, back, "width {width} n {n} lane {lane} bit {bit}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
