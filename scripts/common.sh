@@ -1,0 +1,39 @@
+# Shared by the scripts of this directory (sourced): paths, progress lines, stamps. Expects bash and `set -eu`.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$ROOT/.venv
+CACHE=$ROOT/.cache
+PY=$VENV/bin/python
+
+# Where the demo and the tests keep calibration artefacts: inside the checkout, so that a clone changes nothing outside it.
+export KAKEYA_CACHE=${KAKEYA_CACHE:-$CACHE/kakeya}
+# The model is local; vLLM must not ask a hub for it, nor report usage.
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+# GiB of KV cache on the CPU. Unset, vLLM sizes it by the machine's memory and refuses to start where little is free.
+export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+say() { printf '\n== %s\n' "$*"; }
+die() {
+    printf '\nerror: %s\n' "$*" >&2
+    exit 1
+}
+
+# digest FILE...: one hash over names and contents.
+digest() { sha256sum -- "$@" | sha256sum | cut -d ' ' -f 1; }
+
+# step NAME KEY COMMAND...: run COMMAND unless it succeeded before with the same KEY; prints how long it took.
+step() {
+    local name=$1 key=$2 stamp=$CACHE/stamps/$1 start=$SECONDS
+    shift 2
+    if [[ -f $stamp && $(<"$stamp") == "$key" ]]; then
+        printf '== %s: up to date\n' "$name"
+        return
+    fi
+    say "$name"
+    rm -f "$stamp"
+    "$@"
+    mkdir -p "$CACHE/stamps"
+    printf '%s' "$key" >"$stamp"
+    printf '== %s: done in %d s\n' "$name" $((SECONDS - start))
+}

@@ -1,0 +1,336 @@
+"""Calibration: forward-only statistics of a model's keys, values and queries.
+
+The codec divides its bits among channels by how much each channel varies (K, V) and how strongly
+queries look at it; these are means over ordinary text, so a forward pass is all it takes: no
+gradients, no labels. The model runs in vLLM with its stock attention; pre-forward hooks on the
+attention layers see q, k and v exactly as a cache would.
+
+Per layer and KV head (D channels; a group is the query heads that share a KV head), over tokens
+at position >= 8:
+
+    k_mean, k_var    [L, H, D]  key before RoPE
+    q_mean, q_sq     [L, H, D]  query before RoPE, over tokens and heads of the group:
+                                mean, and mean of squares
+    v_mean, v_var    [L, H, D]  V' = V @ Hadamard (orthonormal; block-diagonal where D
+                                is no power of two)
+    sink_energy      [L, H, 8]  normalised energy of the k-th most attended token of a block
+
+A few tokens of a text (attention sinks) have keys far from all others. The codec stores them
+exactly, so they must not stretch the statistics of the rest. Pass 1 finds the mean query; pass 2
+leaves out, in each block of 128 tokens, the token that the mean query looks at most, counting
+only channels slow enough to keep their phase over 2,048 positions. `sink_energy` tells how far
+such tokens are out: with z the key in units of (k_mean, k_var) and lambda = k_var * q_sq, it is
+the mean over blocks of mean_i(lambda_i z_i^2) / mean_i(lambda_i); 1 is an ordinary token.
+
+Cost: two forward passes over the text (16,384 tokens of a 135M model: about two minutes on two
+cores); memory of one passage of one layer.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kakeya_vllm import __version__, engine
+from kakeya_vllm.config import default_calibration_path, model_fingerprint
+from kakeya_vllm.rope import Rope, find
+from kakeya_vllm.text import (
+    WIKITEXT2_TEST_SHA256,
+    detokenise,
+    read_text,
+    sha256_of,
+    spread_passages,
+    tokenise,
+)
+
+FORMAT = "kakeya-calibration-1"
+BLOCK = 128
+# The first tokens of a sequence are sinks in most models and never typical: they take no part in
+# any statistic.
+SKIPPED_POSITIONS = 8
+# A channel counts for the sink score if it turns by less than this many radians over SINK_REACH
+# positions.
+SINK_REACH, SINK_TURN = 2048, 2.0
+SINK_RANKS = 8
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """Orthonormal Walsh-Hadamard matrix in natural (Sylvester) order, float64.
+
+    Where `size` is no power of two: block-diagonal, of the largest power of two that divides it.
+    """
+    block = size & -size
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < block:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return torch.block_diag(*[h / block**0.5] * (size // block))
+
+
+class Unrotation:
+    """Takes RoPE off rows [n, heads, D] at positions 0..n-1. `rope`: kakeya_vllm.rope.Rope, None
+    for a model without."""
+
+    def __init__(self, rope: Rope | None, dim: int, device):
+        half = (rope.rotary_dim if rope else 0) // 2
+        # Channels of each pair: neighbours, or the two halves of the rotated part.
+        index = torch.arange(2 * half, device=device)
+        self.first, self.second = (
+            (index[0::2], index[1::2])
+            if rope and rope.interleaved
+            else (index[:half], index[half:])
+        )
+        self.frequency = torch.tensor(
+            rope.inv_freq if rope else (), dtype=torch.float64, device=device
+        )
+        # Radians a position of every channel; 0 where nothing turns.
+        self.channel_frequency = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.channel_frequency[self.first] = self.frequency
+        self.channel_frequency[self.second] = self.frequency
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Float64 [n, heads, D]: what was rotated, before."""
+        rows = rows.double()
+        angle = torch.arange(rows.shape[0], device=rows.device)[:, None, None] * self.frequency
+        cos, sin = angle.cos(), angle.sin()
+        x, y = rows[..., self.first], rows[..., self.second]
+        rows[..., self.first] = x * cos + y * sin
+        rows[..., self.second] = y * cos - x * sin
+        return rows
+
+
+@dataclass
+class Moments:
+    """Running sums of rows [n, H, D] in float64."""
+
+    count: float
+    total: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def zeros(cls, heads: int, dim: int, device) -> Moments:
+        z = torch.zeros(heads, dim, dtype=torch.float64, device=device)
+        return cls(0.0, z, z.clone())
+
+    def add(self, rows: torch.Tensor) -> None:
+        self.count += rows.shape[0]
+        self.total += rows.sum(0)
+        self.squares += rows.square().sum(0)
+
+    def mean(self) -> torch.Tensor:
+        return self.total / self.count
+
+    def mean_square(self) -> torch.Tensor:
+        return self.squares / self.count
+
+    def var(self) -> torch.Tensor:
+        return (self.mean_square() - self.mean().square()).clamp_min(0.0)
+
+
+@dataclass
+class MaskedMoments(Moments):
+    """The same where every head leaves out its own rows: `count` is one number a head, `keep` is
+    [n, H]."""
+
+    @classmethod
+    def zeros(cls, heads: int, dim: int, device) -> MaskedMoments:
+        z = torch.zeros(heads, dim, dtype=torch.float64, device=device)
+        return cls(torch.zeros(heads, 1, dtype=torch.float64, device=device), z, z.clone())
+
+    def add(self, rows: torch.Tensor, keep: torch.Tensor) -> None:
+        w = keep[:, :, None].to(rows.dtype)
+        self.count += w.sum(0)
+        self.total += (rows * w).sum(0)
+        self.squares += (rows.square() * w).sum(0)
+
+
+class LayerStatistics:
+    """Both passes of one attention layer. Rows come as the layer gets them: after RoPE, [tokens,
+    heads * D] or [.., D]."""
+
+    def __init__(self, heads: int, query_heads: int, dim: int, unrotate: Unrotation, device):
+        self.heads, self.group, self.dim, self.unrotate = heads, query_heads // heads, dim, unrotate
+        self.hadamard = hadamard(dim).to(device)
+        self.query = Moments.zeros(heads, dim, device)
+        self.key = MaskedMoments.zeros(heads, dim, device)
+        self.value = MaskedMoments.zeros(heads, dim, device)
+        z = torch.zeros(SINK_RANKS, heads, dim, dtype=torch.float64, device=device)
+        self.ranked_total, self.ranked_squares, self.blocks = z, z.clone(), 0
+        self.score_vector: torch.Tensor | None = None
+
+    def first_pass(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        rows = self.unrotate(q.reshape(-1, self.heads * self.group, self.dim))[SKIPPED_POSITIONS:]
+        # Query head h belongs to KV head h // group.
+        rows = (
+            rows.reshape(-1, self.heads, self.group, self.dim)
+            .transpose(1, 2)
+            .reshape(-1, self.heads, self.dim)
+        )
+        self.query.add(rows)
+
+    def start_second_pass(self) -> None:
+        self.score_vector = self.query.mean() * (
+            self.unrotate.channel_frequency * SINK_REACH < SINK_TURN
+        )
+
+    def second_pass(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        key = self.unrotate(k.reshape(-1, self.heads, self.dim))
+        value = v.reshape(-1, self.heads, self.dim).double() @ self.hadamard
+        score = torch.einsum("thd,hd->th", key, self.score_vector)
+        score[:SKIPPED_POSITIONS] = -torch.inf
+        top = (
+            score.reshape(-1, BLOCK, self.heads).topk(SINK_RANKS, dim=1).indices
+        )  # [blocks, rank, H]
+        starts = torch.arange(top.shape[0], device=top.device) * BLOCK
+        rows = top + starts[:, None, None]
+        ranked = key.gather(0, rows.reshape(-1, self.heads)[:, :, None].expand(-1, -1, self.dim))
+        ranked = ranked.reshape(-1, SINK_RANKS, self.heads, self.dim)
+        self.ranked_total += ranked.sum(0)
+        self.ranked_squares += ranked.square().sum(0)
+        self.blocks += top.shape[0]
+        keep = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
+        keep[:SKIPPED_POSITIONS] = False
+        keep.scatter_(0, rows[:, 0], False)
+        self.key.add(key, keep)
+        self.value.add(value, keep)
+
+    def result(self) -> dict[str, torch.Tensor]:
+        mean, var, weight = self.key.mean(), self.key.var(), self.query.mean_square()
+        # lambda_i z_i^2 = q_sq_i (k_i - mean_i)^2, and its mean over blocks follows from the
+        # moments of each rank.
+        distance = (
+            self.ranked_squares / self.blocks
+            - 2 * mean * (self.ranked_total / self.blocks)
+            + mean.square()
+        ) * weight
+        energy = distance.sum(-1) / (var * weight).sum(-1).clamp_min(
+            torch.finfo(torch.float64).tiny
+        )
+        return {
+            "k_mean": mean,
+            "k_var": var,
+            "q_mean": self.query.mean(),
+            "q_sq": weight,
+            "v_mean": self.value.mean(),
+            "v_var": self.value.var(),
+            "sink_energy": energy.transpose(0, 1),
+        }
+
+
+class Capture:
+    """Hooks on the attention layers of a model; hands q, k, v of every prompt to one pass of the
+    statistics."""
+
+    def __init__(self, model, hf_config):
+        self.layers = engine.attention_layers(model)
+        if not self.layers:
+            raise SystemExit("kakeya: the model has no attention layers that KAKEYA could serve")
+        shapes = {(m.num_kv_heads, m.num_heads, m.head_size) for _, m in self.layers}
+        if len(shapes) > 1:
+            raise SystemExit(
+                "kakeya: attention layers of different shapes in one model are not supported"
+            )
+        (self.shape,) = shapes
+        device = next(model.parameters()).device
+        unrotate = Unrotation(
+            find(model, [name for name, _ in self.layers], hf_config), self.shape[2], device
+        )
+        self.statistics = [LayerStatistics(*self.shape, unrotate, device) for _ in self.layers]
+        self.expected_tokens = 0
+        self.seen = 0
+        self.pass_name = "first_pass"
+        for (_, module), statistics in zip(self.layers, self.statistics, strict=True):
+            module.register_forward_pre_hook(self._hook(statistics), with_kwargs=True)
+
+    def _hook(self, statistics: LayerStatistics):
+        def hook(_module, args, kwargs):
+            values = list(args) + [kwargs[n] for n in ("query", "key", "value")[len(args) :]]
+            q, k, v = values[:3]
+            if q.shape[0] != self.expected_tokens:
+                raise RuntimeError(
+                    f"a step of {q.shape[0]} tokens instead of a whole passage of "
+                    f"{self.expected_tokens}"
+                )
+            getattr(statistics, self.pass_name)(q, k, v)
+            self.seen += 1
+
+        return hook
+
+    def run(self, llm, passage: list[int]) -> None:
+        self.expected_tokens, before = len(passage), self.seen
+        engine.run_prompt(llm, passage)
+        if self.seen - before != len(self.layers):
+            raise RuntimeError(
+                f"{self.seen - before} layers ran for a passage, expected {len(self.layers)}"
+            )
+
+
+def calibrate(model: str, text_path: str, tokens: int, out: str | None = None) -> Path:
+    """Write the calibration artefact of `model` and return its path.
+
+    `tokens` is rounded down to whole passages of 2,048. `out` defaults to the place where the
+    plugin looks.
+    """
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    digest = sha256_of(text_path) if Path(text_path).is_file() else ""
+    if digest == WIKITEXT2_TEST_SHA256:
+        raise SystemExit(
+            f"kakeya: {text_path} is the WikiText-2 test split, which is for evaluation only"
+        )
+    text = detokenise(read_text(text_path))
+    passages = spread_passages(tokenise(model, text), engine.CHUNK, tokens // engine.CHUNK)
+
+    print(f"kakeya: loading {model}", flush=True)
+    llm = engine.in_process_engine(model)
+    hf_config = llm.llm_engine.vllm_config.model_config.hf_text_config
+    fingerprint = model_fingerprint(hf_config)
+    target = Path(out) if out else default_calibration_path(fingerprint)
+    capture = engine.on_model(llm, lambda module: Capture(module, hf_config))
+    with tqdm(
+        total=2 * len(passages) * engine.CHUNK, unit="tok", unit_scale=True, desc="calibrating"
+    ) as bar:
+        for name in ("first_pass", "second_pass"):
+            capture.pass_name = name
+            if name == "second_pass":
+                for statistics in capture.statistics:
+                    statistics.start_second_pass()
+            for passage in passages:
+                capture.run(llm, passage)
+                bar.update(len(passage))
+    results = [s.result() for s in capture.statistics]
+    tensors = {
+        name: torch.stack([r[name] for r in results]).float().cpu().contiguous()
+        for name in results[0]
+    }
+    check(tensors)
+    heads, query_heads, dim = capture.shape
+    metadata = {
+        "format": FORMAT,
+        "model_fingerprint": fingerprint,
+        "model": Path(model).name,
+        "text_sha256": digest,
+        "split": "validation",
+        "tokens": str(len(passages) * engine.CHUNK),
+        "kakeya_version": __version__,
+        "num_layers": str(len(results)),
+        "num_kv_heads": str(heads),
+        "num_q_heads": str(query_heads),
+        "head_dim": str(dim),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed: a reader never sees half a file.
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    save_file(tensors, str(partial), metadata=metadata)
+    os.replace(partial, target)
+    return target
+
+
+def check(tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse to write statistics that the codec could not use."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise SystemExit(f"kakeya: {name} of this model is not finite; nothing was written")

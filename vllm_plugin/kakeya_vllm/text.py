@@ -1,0 +1,110 @@
+"""Text for calibration and evaluation: detokenising, splits that must not be mixed, passages.
+
+WikiText-2 is distributed as words separated by spaces (``a two @-@ part episode , " Heads " ,
+of``). The test split is evaluated as it is, because published figures are; the validation split
+serves as calibration text and is turned back into ordinary prose first, which is what a served
+model sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+# The evaluation text. Calibrating on it would make every quality figure worthless, so `kakeya
+# calibrate` refuses it.
+WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+
+# Marks only the space-separated form has: number and hyphen separators, and words cut by the
+# vocabulary.
+_TOKENISED_MARKS = (" @-@ ", " @,@ ", " @.@ ", "<unk>")
+
+_RULES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r" ?<unk>", ""),  # a word that was cut from the vocabulary: nothing to restore
+        (r" @([-,.])@ ", r"\1"),
+        (r"(?<==) (?==)", ""),  # headings: "= = Title = =" -> "== Title =="
+        (r"(?<=\d) – (?=\d)", "–"),  # ranges of numbers
+        (r" ('(?:s|t|m|d|ve|re|ll))\b", r"\1"),
+        (r"(?<=s) '(?= )", "'"),  # plural possessive: "Linnaeus ' concept"
+        (r"(?<= )' (?=\w)", "'"),  # elision or opening quote: "' 70s"
+        (r" ([,.;:?!%°′″’”)\]]|\.\.\.+)(?=[\s,.;:?!%°′″’”)\]\"'—–-]|$)", r"\1"),
+        (r"(?<=[(\[$£₤“‘]) ", ""),
+        (r" / ", "/"),
+    )
+]
+_QUOTE = re.compile(r' ?" ?')
+
+
+def _attach_quotes(line: str) -> str:
+    """Straight double quotes of one line, taken in turns as opening and closing."""
+    opening = False
+
+    def place(_: re.Match) -> str:
+        nonlocal opening
+        opening = not opening
+        return ' "' if opening else '" '
+
+    return _QUOTE.sub(place, line)
+
+
+def detokenise(text: str) -> str:
+    """Prose from WikiText's space-separated words. Text without such marks comes back with its
+    lines stripped only."""
+    if not any(mark in text for mark in _TOKENISED_MARKS):
+        return "\n".join(line.strip() for line in text.splitlines())
+    lines = []
+    for line in text.splitlines():
+        line = _attach_quotes(line.strip())
+        for pattern, replacement in _RULES:
+            line = pattern.sub(replacement, line)
+        lines.append(re.sub(r" {2,}", " ", line).strip())
+    return "\n".join(lines)
+
+
+def sha256_of(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_text(path: str | Path) -> str:
+    """The file as UTF-8. Errors name the path."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SystemExit(f"kakeya: text file {path} does not exist") from None
+    except UnicodeDecodeError as e:
+        raise SystemExit(f"kakeya: text file {path} is not UTF-8: {e}") from None
+
+
+def tokenise(model: str, text: str) -> list[int]:
+    """Token ids of the whole text, without special tokens."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    # A whole corpus is longer than the model's window on purpose; passages are cut from it
+    # afterwards.
+    logging.set_verbosity_error()
+    return AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"]
+
+
+def consecutive_passages(tokens: list[int], length: int, count: int) -> list[list[int]]:
+    """`count` passages of `length` tokens from the start of the text, one after the other."""
+    have = len(tokens) // length
+    if count < 1 or have < count:
+        raise SystemExit(
+            f"kakeya: the text holds {have} passages of {length} tokens; {count} were asked for"
+        )
+    return [tokens[p * length : (p + 1) * length] for p in range(count)]
+
+
+def spread_passages(tokens: list[int], length: int, count: int) -> list[list[int]]:
+    """`count` disjoint passages of `length` tokens, spread evenly over the text so that many
+    articles take part."""
+    have = len(tokens) // length
+    if count < 1 or have < count:
+        raise SystemExit(
+            f"kakeya: the text holds {have} passages of {length} tokens; {count} were asked for"
+        )
+    return [tokens[p : p + length] for p in ((i * have // count) * length for i in range(count))]

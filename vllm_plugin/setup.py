@@ -1,0 +1,73 @@
+"""Puts libkakeya.so into the wheel and tags the wheel for its platform.
+
+The library is the C ABI of the Rust workspace beside this directory and is reached through
+ctypes, so one wheel serves every Python 3 of a platform and its user needs no compiler.
+KAKEYA_LIBRARY names a library that is built already; otherwise cargo builds it.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+from setuptools.dist import Distribution
+
+LIBRARY = "libkakeya.so"
+WORKSPACE = Path(__file__).resolve().parent.parent
+
+
+def native_library() -> Path:
+    """The library to ship: KAKEYA_LIBRARY, else a release build of the workspace."""
+    chosen = os.environ.get("KAKEYA_LIBRARY")
+    if chosen:
+        path = Path(chosen)
+    else:
+        if not (WORKSPACE / "Cargo.toml").is_file():
+            raise SystemExit(
+                f"kakeya-vllm is built from a checkout of its repository: {WORKSPACE} "
+                f"has no Cargo.toml. Or name a built {LIBRARY} with KAKEYA_LIBRARY"
+            )
+        subprocess.run(
+            ["cargo", "build", "--release", "--locked", "-p", "kakeya-ffi"],
+            cwd=WORKSPACE,
+            check=True,
+        )
+        path = (
+            Path(os.environ.get("CARGO_TARGET_DIR") or WORKSPACE / "target") / "release" / LIBRARY
+        )
+    if not path.is_file():
+        raise SystemExit(
+            f"{path} is not a file: build it with `cargo build --release -p kakeya-ffi`"
+        )
+    return path
+
+
+class BuildWithLibrary(build_py):
+    def run(self):
+        super().run()
+        target = Path(self.build_lib) / "kakeya_vllm" / LIBRARY
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(native_library(), target)
+
+
+class PlatformWheel(bdist_wheel):
+    """Any Python 3, no Python ABI, this platform."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+class BinaryDistribution(Distribution):
+    """Makes the wheel platform-specific although no extension module is compiled."""
+
+    def has_ext_modules(self):
+        return True
+
+
+setup(
+    cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": PlatformWheel},
+    distclass=BinaryDistribution,
+)
