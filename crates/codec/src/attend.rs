@@ -338,7 +338,7 @@ fn gemm(
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     const C: [f32; 7] = [
-        0.693_147_2,
+        std::f32::consts::LN_2,
         0.240_226_5,
         0.055_504_11,
         0.009_618_129,
@@ -363,7 +363,7 @@ fn check<'a>(codec: &Codec, args: &AttendArgs<'a>) -> Result<Vec<Sequence<'a>>> 
     let d = codec.shape().head_dim;
     let range = |what, value: i64, valid: String| Err(Error::OutOfRange { what, value, valid });
     check_heads(codec, args.layer, args.first_head, args.num_kv_heads)?;
-    if args.num_q_heads == 0 || args.num_q_heads % args.num_kv_heads != 0 {
+    if args.num_q_heads == 0 || !args.num_q_heads.is_multiple_of(args.num_kv_heads) {
         let valid = format!("a multiple of num_kv_heads, {}", args.num_kv_heads);
         return range("num_q_heads", args.num_q_heads as i64, valid);
     }
@@ -426,7 +426,7 @@ fn check<'a>(codec: &Codec, args: &AttendArgs<'a>) -> Result<Vec<Sequence<'a>>> 
         if let Some(b) = blocks.iter().find(|b| **b < 0 || **b as usize >= args.pages.num_blocks) {
             return range("block_table", i64::from(*b), format!("0..{}", args.pages.num_blocks));
         }
-        if history % BLOCK != 0 {
+        if !history.is_multiple_of(BLOCK) {
             let block = blocks[history / BLOCK] as usize;
             if open_slot[block] < 0 {
                 return Err(Error::NoOpenSlot { block, slot: open_slot[block] });

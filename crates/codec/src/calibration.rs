@@ -87,14 +87,15 @@ impl Calibration {
             None => Ok(v),
         };
         let d = shape.head_dim;
-        let sink_energy = match file.names().iter().any(|n| *n == "sink_energy") {
+        let k_mean = read("k_mean", d)?;
+        let sink_energy = match file.names().contains(&"sink_energy") {
             true => Some(read("sink_energy", RANKS)?),
             false => None,
         };
         Ok(Calibration {
             heads: shape.num_kv_heads,
             head_dim: d,
-            k_mean: read("k_mean", d)?,
+            k_mean,
             k_var: positive("k_var", read("k_var", d)?)?,
             q_sq: positive("q_sq", read("q_sq", d)?)?,
             q_mean: read("q_mean", d)?,

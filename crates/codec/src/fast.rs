@@ -2,6 +2,9 @@
 //! 32 lanes of a unit, or all channels of a row, advance together; every element sees the same operations in the same
 //! order, so the bytes are the same. `crate::simd` compiles these functions once per instruction set.
 
+// Loops over lane and state indices of several parallel arrays are the form that the compiler vectorises.
+#![allow(clippy::needless_range_loop)]
+
 use crate::codec::{Codec, StreamTables};
 use crate::error::Result;
 use crate::grid::{Grid, point};

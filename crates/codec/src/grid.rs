@@ -28,7 +28,7 @@ const TRELLIS: [(f32, f32); 6] =
 /// Gaussian MSE by width 0..=6, what the width allocation minimises.
 const MSE_UNIFORM: [f64; 7] = [1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.00104];
 const MSE_LLOYD_MAX: [f64; 7] = [1.0, 0.3634, 0.1175, 0.03462, 0.009688, 0.002649, 0.000716];
-const MSE_TRELLIS: [f64; 7] = [1.0, 0.310, 0.0878, 0.0244, 0.0067, 0.00183, 0.0005];
+const MSE_TRELLIS: [f64; 7] = [1.0, 0.310, 0.0878, 0.0244, 0.0067, 0.00183, 0.00054];
 
 /// The alphabet of one width of one quantiser.
 #[derive(Debug, Clone)]

@@ -88,7 +88,7 @@ pub fn load_rows(
         rows.load(j, row);
         // NaN compares false, so one pass finds all three kinds.
         if !row.iter().fold(true, |ok, x| ok & (x.abs() <= MAX_ABS)) {
-            let channel = row.iter().position(|x| !(x.abs() <= MAX_ABS)).unwrap_or(0);
+            let channel = row.iter().position(|x| x.is_nan() || x.abs() > MAX_ABS).unwrap_or(0);
             return Err(Error::NonFinite {
                 stream,
                 layer,

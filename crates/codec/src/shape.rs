@@ -61,14 +61,14 @@ impl ModelShape {
         if !HEAD_DIMS.contains(&self.head_dim) {
             return Err(Error::Unsupported(format!("head_dim {}; valid: {HEAD_DIMS:?}", self.head_dim)));
         }
-        if self.num_q_heads % self.num_kv_heads != 0 {
+        if !self.num_q_heads.is_multiple_of(self.num_kv_heads) {
             return bad(format!(
                 "num_q_heads {} is no multiple of num_kv_heads {}",
                 self.num_q_heads, self.num_kv_heads
             ));
         }
         if let Some(rope) = &self.rope {
-            if rope.rotary_dim == 0 || rope.rotary_dim % 2 != 0 || rope.rotary_dim > self.head_dim {
+            if rope.rotary_dim == 0 || !rope.rotary_dim.is_multiple_of(2) || rope.rotary_dim > self.head_dim {
                 return bad(format!(
                     "rope.rotary_dim is {}; valid: even, 2..={}",
                     rope.rotary_dim, self.head_dim

@@ -28,6 +28,9 @@
 //! column's. A trellis unit of width w is a plane of path bits in the layout of width 1, followed by the refinement
 //! codes in the layout of width w - 1.
 
+// Lanes index words, columns and codes at once; iterators over one of them would hide the format.
+#![allow(clippy::needless_range_loop)]
+
 use crate::layout::UnitShape;
 
 /// Lanes of a warp.
