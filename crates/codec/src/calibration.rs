@@ -6,7 +6,7 @@
 //! | `k_mean`, `k_var` | of keys before rotary embedding |
 //! | `q_sq`, `q_mean` | E[q^2] and mean of queries before rotary embedding, over the query heads of the group |
 //! | `v_mean`, `v_var` | of Hadamard-transformed values |
-//! | `sink_energy` (optional), `[.., .., 8]` | normalised energy of the 1st..8th best scored token of a block |
+//! | `sink_mass` (optional), `[.., .., 8]` | attention probability on the 1st..8th best scored token of every block, summed over a sequence's blocks |
 //!
 //! Metadata: `format` = `kakeya-calibration-1`; everything else is for people and for the serving engine.
 
@@ -16,7 +16,7 @@ use safetensors::{Dtype, SafeTensors};
 
 /// Value of the metadata key `format`.
 pub const FORMAT: &str = "kakeya-calibration-1";
-/// Ranks of `sink_energy`.
+/// Score ranks of `sink_mass`.
 pub const RANKS: usize = 8;
 /// More than any model's artefact (126 layers x 8 heads x 128 channels take 4 MB); bounds what a hostile file costs.
 const MAX_BYTES: usize = 1 << 30;
@@ -32,7 +32,7 @@ pub struct Calibration {
     q_mean: Vec<f32>,
     v_mean: Vec<f32>,
     v_var: Vec<f32>,
-    sink_energy: Option<Vec<f32>>,
+    sink_mass: Option<Vec<f32>>,
 }
 
 /// Statistics of one KV head of one layer, `head_dim` values each.
@@ -88,8 +88,8 @@ impl Calibration {
         };
         let d = shape.head_dim;
         let k_mean = read("k_mean", d)?;
-        let sink_energy = match file.names().contains(&"sink_energy") {
-            true => Some(read("sink_energy", RANKS)?),
+        let sink_mass = match file.names().contains(&"sink_mass") {
+            true => Some(read("sink_mass", RANKS)?),
             false => None,
         };
         Ok(Calibration {
@@ -101,7 +101,7 @@ impl Calibration {
             q_mean: read("q_mean", d)?,
             v_mean: read("v_mean", d)?,
             v_var: positive("v_var", read("v_var", d)?)?,
-            sink_energy,
+            sink_mass,
         })
     }
 
@@ -119,10 +119,11 @@ impl Calibration {
         }
     }
 
-    /// Energy of the `rank`-th best scored token of a block, mean over the layer's heads; `None` if not recorded.
-    pub fn sink_energy(&self, layer: usize, rank: usize) -> Option<f32> {
-        let e = self.sink_energy.as_ref()?;
-        let of = |h: usize| e[(layer * self.heads + h) * RANKS + rank];
+    /// Attention probability that lies on the tokens with these score ranks (0 = best) of all blocks together, mean over
+    /// the layer's heads; `None` if not recorded.
+    pub fn sink_mass(&self, layer: usize, ranks: std::ops::Range<usize>) -> Option<f32> {
+        let mass = self.sink_mass.as_ref()?;
+        let of = |h: usize| mass[(layer * self.heads + h) * RANKS..][ranks.clone()].iter().sum::<f32>();
         Some((0..self.heads).map(of).sum::<f32>() / self.heads as f32)
     }
 }

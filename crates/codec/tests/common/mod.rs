@@ -52,13 +52,13 @@ pub fn artefact(s: &ModelShape, seed: u64) -> Vec<u8> {
         ("v_mean", tensor(&|g| 0.1 * g)),
         ("v_var", tensor(&|g| (0.3 * g).exp())),
     ];
-    let energy = (0..s.num_layers * s.num_kv_heads * 8).flat_map(|i| {
-        let e: f32 = if i / (s.num_kv_heads * 8) == 1 { 20.0 } else { 1.0 };
+    let mass = (0..s.num_layers * s.num_kv_heads * 8).flat_map(|i| {
+        let e: f32 = if i / (s.num_kv_heads * 8) == 1 { 0.1 } else { 0.01 };
         e.to_le_bytes()
     });
-    data.push(("sink_energy", energy.collect()));
+    data.push(("sink_mass", mass.collect()));
     let shape_of =
-        |name: &str| vec![s.num_layers, s.num_kv_heads, if name == "sink_energy" { 8 } else { s.head_dim }];
+        |name: &str| vec![s.num_layers, s.num_kv_heads, if name == "sink_mass" { 8 } else { s.head_dim }];
     let views = data.iter().map(|(n, d)| (*n, TensorView::new(Dtype::F32, shape_of(n), d).unwrap()));
     let meta = HashMap::from([("format".to_string(), "kakeya-calibration-1".to_string())]);
     safetensors::serialize(views, Some(meta)).unwrap()
