@@ -1,0 +1,68 @@
+//! The boundary that every fallible entry point runs behind.
+//!
+//! Unwinding into C is undefined behaviour, and a serving engine must not die of a bug in a codec:
+//! a panic becomes `KAKEYA_ERR_PANIC` with its text, and the process goes on.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::error::{Outcome, remember};
+use crate::status::kakeya_status::{self, KAKEYA_ERR_PANIC, KAKEYA_OK};
+
+/// Runs the body of an entry point; turns its outcome into a status and keeps the text of a refusal.
+pub(crate) fn boundary(body: impl FnOnce() -> Outcome) -> kakeya_status {
+    // AssertUnwindSafe: the only state that outlives a call is the codec, which no call modifies, and
+    // the caller's output buffers, whose contents the header leaves open after a panic.
+    match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(())) => KAKEYA_OK,
+        Ok(Err(failure)) => {
+            remember(&failure.message);
+            failure.status
+        }
+        Err(payload) => {
+            remember(&format!("bug in libkakeya, please report: {}", text_of(payload.as_ref())));
+            // Dropping a payload may itself panic, outside of the catch above; leaking a few bytes
+            // once per bug is the safe choice.
+            std::mem::forget(payload);
+            KAKEYA_ERR_PANIC
+        }
+    }
+}
+
+fn text_of(payload: &(dyn Any + Send)) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a panic without text")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{kakeya_last_error, refuse};
+    use crate::status::kakeya_status::KAKEYA_ERR_BAD_PAGE;
+    use std::ffi::CStr;
+
+    fn text() -> String {
+        // SAFETY: never NULL, NUL-terminated, and nothing on this thread replaces it before the copy.
+        unsafe { CStr::from_ptr(kakeya_last_error()) }.to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn a_panic_becomes_a_status_with_its_text() {
+        assert_eq!(boundary(|| panic!("index {} of {}", 7, 3)), KAKEYA_ERR_PANIC);
+        assert_eq!(text(), "bug in libkakeya, please report: index 7 of 3");
+        assert_eq!(boundary(|| panic!("plain")), KAKEYA_ERR_PANIC);
+        assert_eq!(text(), "bug in libkakeya, please report: plain");
+        assert_eq!(boundary(|| std::panic::panic_any(7_u8)), KAKEYA_ERR_PANIC);
+        assert_eq!(text(), "bug in libkakeya, please report: a panic without text");
+    }
+
+    #[test]
+    fn a_refusal_keeps_its_status_and_a_success_keeps_the_text() {
+        assert_eq!(boundary(|| refuse!(KAKEYA_ERR_BAD_PAGE, "page {}", 3)), KAKEYA_ERR_BAD_PAGE);
+        assert_eq!(boundary(|| Ok(())), KAKEYA_OK);
+        assert_eq!(text(), "page 3");
+    }
+}

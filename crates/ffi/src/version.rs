@@ -1,0 +1,39 @@
+//! Which library this is: asked before anything else, by a caller that loaded it at run time.
+
+use std::ffi::{CStr, c_char};
+
+/// Version of the ABI that this header describes. Raised when a function or a struct changes its
+/// meaning; functions, structs and status codes may be added without that.
+pub const KAKEYA_ABI_VERSION: u32 = 1;
+
+/// Tokens in a block. The page format and every function here count in blocks of this size.
+pub const KAKEYA_BLOCK_TOKENS: u32 = 128;
+
+/// The ABI version of the library that was loaded. Compare it with KAKEYA_ABI_VERSION of the header
+/// that you compiled against, and refuse the library if they differ.
+#[unsafe(no_mangle)]
+pub extern "C" fn kakeya_abi_version() -> u32 {
+    KAKEYA_ABI_VERSION
+}
+
+/// The version of the library, such as "0.1.0". Static text.
+#[unsafe(no_mangle)]
+pub extern "C" fn kakeya_version() -> *const c_char {
+    const TEXT: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+        Ok(text) => text,
+        Err(_) => panic!("a package version has no NUL"),
+    };
+    TEXT.as_ptr()
+}
+
+/// Which instructions run-time dispatch chose on this machine: "avx512", "avx2" or "portable".
+/// Results are the same bytes on all of them. Static text.
+#[unsafe(no_mangle)]
+pub extern "C" fn kakeya_simd() -> *const c_char {
+    match ::kakeya_codec::simd_level() {
+        "avx512" => c"avx512",
+        "avx2" => c"avx2",
+        _ => c"portable",
+    }
+    .as_ptr()
+}
