@@ -22,12 +22,12 @@ only channels slow enough to keep their phase over 2,048 positions. `sink_energy
 such tokens are out: with z the key in units of (k_mean, k_var) and lambda = k_var * q_sq, it is
 the mean over blocks of mean_i(lambda_i z_i^2) / mean_i(lambda_i); 1 is an ordinary token.
 
-Cost: two forward passes over the text (16,384 tokens of a 135M model: about two minutes on two
-cores); memory of one passage of one layer.
+Cost: two forward passes over the text; memory of one passage of one layer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from kakeya_vllm import __version__, engine
 from kakeya_vllm.config import default_calibration_path, model_fingerprint
 from kakeya_vllm.rope import Rope, find
 from kakeya_vllm.text import (
+    SPLITS,
     WIKITEXT2_TEST_SHA256,
     detokenise,
     read_text,
@@ -160,7 +161,7 @@ class LayerStatistics:
         self.ranked_total, self.ranked_squares, self.blocks = z, z.clone(), 0
         self.score_vector: torch.Tensor | None = None
 
-    def first_pass(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def first_pass(self, q: torch.Tensor) -> None:
         rows = self.unrotate(q.reshape(-1, self.heads * self.group, self.dim))[SKIPPED_POSITIONS:]
         # Query head h belongs to KV head h // group.
         rows = (
@@ -175,7 +176,7 @@ class LayerStatistics:
             self.unrotate.channel_frequency * SINK_REACH < SINK_TURN
         )
 
-    def second_pass(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def second_pass(self, k: torch.Tensor, v: torch.Tensor) -> None:
         key = self.unrotate(k.reshape(-1, self.heads, self.dim))
         value = v.reshape(-1, self.heads, self.dim).double() @ self.hadamard
         score = torch.einsum("thd,hd->th", key, self.score_vector)
@@ -240,9 +241,25 @@ class Capture:
         self.statistics = [LayerStatistics(*self.shape, unrotate, device) for _ in self.layers]
         self.expected_tokens = 0
         self.seen = 0
-        self.pass_name = "first_pass"
-        for (_, module), statistics in zip(self.layers, self.statistics, strict=True):
+        self.second = False
+
+    @contextlib.contextmanager
+    def hooks(self):
+        """The hooks are on the model for the length of a with block."""
+        handles = [
             module.register_forward_pre_hook(self._hook(statistics), with_kwargs=True)
+            for (_, module), statistics in zip(self.layers, self.statistics, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def start_second_pass(self) -> None:
+        self.second = True
+        for statistics in self.statistics:
+            statistics.start_second_pass()
 
     def _hook(self, statistics: LayerStatistics):
         def hook(_module, args, kwargs):
@@ -253,7 +270,10 @@ class Capture:
                     f"a step of {q.shape[0]} tokens instead of a whole passage of "
                     f"{self.expected_tokens}"
                 )
-            getattr(statistics, self.pass_name)(q, k, v)
+            if self.second:
+                statistics.second_pass(k, v)
+            else:
+                statistics.first_pass(q)
             self.seen += 1
 
         return hook
@@ -267,64 +287,76 @@ class Capture:
             )
 
 
-def calibrate(model: str, text_path: str, tokens: int, out: str | None = None) -> Path:
-    """Write the calibration artefact of `model` and return its path.
+def collect(llm, passages: list[list[int]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Statistics of `passages` (each a whole number of blocks, at most a chunk) and their shape.
 
-    `tokens` is rounded down to whole passages of 2,048. `out` defaults to the place where the
-    plugin looks.
+    `llm` is an engine of `engine.in_process_engine`. Returns float32 tensors on the CPU and the
+    shape entries of the artefact's metadata.
     """
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
-    digest = sha256_of(text_path) if Path(text_path).is_file() else ""
-    if digest == WIKITEXT2_TEST_SHA256:
-        raise SystemExit(
-            f"kakeya: {text_path} is the WikiText-2 test split, which is for evaluation only"
-        )
-    text = detokenise(read_text(text_path))
-    passages = spread_passages(tokenise(model, text), engine.CHUNK, tokens // engine.CHUNK)
-
-    print(f"kakeya: loading {model}", flush=True)
-    llm = engine.in_process_engine(model)
     hf_config = llm.llm_engine.vllm_config.model_config.hf_text_config
-    fingerprint = model_fingerprint(hf_config)
-    target = Path(out) if out else default_calibration_path(fingerprint)
-    capture = engine.on_model(llm, lambda module: Capture(module, hf_config))
-    with tqdm(
-        total=2 * len(passages) * engine.CHUNK, unit="tok", unit_scale=True, desc="calibrating"
-    ) as bar:
-        for name in ("first_pass", "second_pass"):
-            capture.pass_name = name
-            if name == "second_pass":
-                for statistics in capture.statistics:
-                    statistics.start_second_pass()
+    capture = engine.on_model(llm, lambda model: Capture(model, hf_config))
+    total = 2 * sum(map(len, passages))
+    with capture.hooks(), tqdm(total=total, unit="tok", unit_scale=True, desc="calibrating") as bar:
+        for second in (False, True):
+            if second:
+                capture.start_second_pass()
             for passage in passages:
                 capture.run(llm, passage)
                 bar.update(len(passage))
-    results = [s.result() for s in capture.statistics]
+    results = [statistics.result() for statistics in capture.statistics]
     tensors = {
         name: torch.stack([r[name] for r in results]).float().cpu().contiguous()
         for name in results[0]
     }
     check(tensors)
     heads, query_heads, dim = capture.shape
-    metadata = {
-        "format": FORMAT,
-        "model_fingerprint": fingerprint,
-        "model": Path(model).name,
-        "text_sha256": digest,
-        "split": "validation",
-        "tokens": str(len(passages) * engine.CHUNK),
-        "kakeya_version": __version__,
+    return tensors, {
+        "tokens": str(total // 2),
         "num_layers": str(len(results)),
         "num_kv_heads": str(heads),
         "num_q_heads": str(query_heads),
         "head_dim": str(dim),
     }
+
+
+def calibrate(model: str, text_path: str, tokens: int, out: str | None = None) -> Path:
+    """Write the calibration artefact of `model` and return its path.
+
+    `tokens` is rounded down to whole passages of 2,048. `out` defaults to the place where the
+    plugin looks. The WikiText-2 test split is refused.
+    """
+    from safetensors.torch import save_file
+
+    text = read_text(text_path)
+    digest = sha256_of(text_path)
+    if digest == WIKITEXT2_TEST_SHA256:
+        raise SystemExit(
+            f"kakeya: {text_path} is the WikiText-2 test split, which is for evaluation only"
+        )
+    ids = tokenise(model, detokenise(text))
+    passages = spread_passages(ids, engine.CHUNK, tokens // engine.CHUNK)
+    print(f"kakeya: loading {model}", flush=True)
+    llm = engine.in_process_engine(model)
+    fingerprint = model_fingerprint(llm.llm_engine.vllm_config.model_config.hf_text_config)
+    tensors, shape = collect(llm, passages)
+    metadata = {
+        "format": FORMAT,
+        "model_fingerprint": fingerprint,
+        "model": Path(model).name,
+        "text_sha256": digest,
+        "split": SPLITS.get(digest, "unknown"),
+        "kakeya_version": __version__,
+        **shape,
+    }
+    target = Path(out) if out else default_calibration_path(fingerprint)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed: a reader never sees half a file.
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     save_file(tensors, str(partial), metadata=metadata)
+    # safetensors makes its files private to the user; an artefact is shared like any other file.
+    partial.chmod(0o644)
     os.replace(partial, target)
     return target
 

@@ -29,10 +29,9 @@ def prepare_environment() -> None:
 def speed_up_bf16() -> None:
     """On a CPU without AVX-512, route bf16 matrix products through fp32 ones.
 
-    torch's bf16 product falls back to a scalar routine there, about seven times slower than fp32
-    (measured: 4 against 30 GFLOP/s on two AVX2 cores). The routine accumulates in fp32 and rounds
-    once; so does this, hence the model stays a bf16 model. Costs four bytes more a weight.
-    Measuring only: engines that users start are not touched.
+    torch's bf16 product falls back to a scalar routine there, several times slower than fp32. The
+    routine accumulates in fp32 and rounds once; so does this, hence the model stays a bf16 model.
+    Costs four bytes more a weight. Only measuring engines do so; those of users are not touched.
     """
     import torch
     from vllm.model_executor.layers import utils
@@ -67,10 +66,13 @@ def speed_up_bf16() -> None:
 
 
 def in_process_engine(model: str, backend: str | None = None, **settings: Any):
-    """`vllm.LLM` for `model` in this process; `backend` names the attention backend, None is
-    vLLM's own choice."""
-    # The variable is KAKEYA's entrance for users; here the argument decides, also when it is None.
-    os.environ.pop("VLLM_ATTENTION_BACKEND", None)
+    """`vllm.LLM` for `model` in this process.
+
+    `backend` names the attention backend; "environment" leaves it to VLLM_ATTENTION_BACKEND, as a
+    user's engine would, and None is vLLM's own choice whatever that variable says.
+    """
+    if backend != "environment":
+        os.environ.pop("VLLM_ATTENTION_BACKEND", None)
     prepare_environment()
     from vllm import LLM
 
@@ -85,7 +87,7 @@ def in_process_engine(model: str, backend: str | None = None, **settings: Any):
         "seed": 0,
         "disable_log_stats": True,
     }
-    if backend is not None:
+    if backend not in (None, "environment"):
         arguments["attention_backend"] = backend
     arguments.update(settings)
     return LLM(**arguments)

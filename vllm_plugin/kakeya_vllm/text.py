@@ -15,6 +15,11 @@ from pathlib import Path
 # The evaluation text. Calibrating on it would make every quality figure worthless, so `kakeya
 # calibrate` refuses it.
 WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+# Files whose part in an experiment is known.
+SPLITS = {
+    WIKITEXT2_TEST_SHA256: "test",
+    "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8": "validation",
+}
 
 # Marks only the space-separated form has: number and hyphen separators, and words cut by the
 # vocabulary.
@@ -54,9 +59,9 @@ def detokenise(text: str) -> str:
     """Prose from WikiText's space-separated words. Text without such marks comes back with its
     lines stripped only."""
     if not any(mark in text for mark in _TOKENISED_MARKS):
-        return "\n".join(line.strip() for line in text.splitlines())
+        return "\n".join(line.strip() for line in text.split("\n"))
     lines = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         line = _attach_quotes(line.strip())
         for pattern, replacement in _RULES:
             line = pattern.sub(replacement, line)

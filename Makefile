@@ -1,0 +1,34 @@
+# The two commands are `make demo` and `make test`; README.md says what they do and take. Each script sets up what is missing.
+# PYTHON chooses the interpreter of .venv (3.11, 3.12 or 3.13).
+
+.PHONY: help setup build demo test lint format clean
+
+help:
+	@echo 'make setup   .venv with vLLM and the plugin, libkakeya, a small model'
+	@echo 'make demo    a real model through KAKEYA: text, capacity and quality (writes demo.json)'
+	@echo 'make test    every test'
+	@echo 'make build   libkakeya only'
+	@echo 'make lint    formatters and linters only; make format mends what they can'
+	@echo 'make clean   remove what the above made, except downloads and .venv'
+
+setup:
+	@scripts/setup.sh
+
+build:
+	cargo build --release --locked -p kakeya-ffi
+
+demo: setup
+	@scripts/demo.sh
+
+test: setup
+	@scripts/test.sh
+
+lint: setup
+	@scripts/test.sh lint
+
+format: setup
+	@scripts/format.sh
+
+clean:
+	cargo clean
+	rm -rf dist demo.json .cache/stamps .cache/capi .cache/models .cache/kakeya

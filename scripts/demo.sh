@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The demonstration: kakeya_vllm.demo on the small model and the texts of data/. Arguments are passed on
+# (--passages 4, --out FILE).
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+cd "$ROOT"
+exec "$PY" -m kakeya_vllm.demo --model .cache/models/smollm2 --data data "$@"

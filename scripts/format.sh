@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Apply the formatters that `make test` checks.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+cd "$ROOT"
+cargo fmt --all
+"$VENV/bin/ruff" check --fix .
+"$VENV/bin/ruff" format .
+find csrc tests/capi \( -name '*.[ch]' -o -name '*.hpp' -o -name '*.cpp' \) -not -name kakeya.h -print0 |
+    xargs -0 "$VENV/bin/clang-format" -i

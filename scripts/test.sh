@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Every test, part by part, each with its name and duration. `scripts/test.sh lint` runs the formatters and linters only.
+# The first part that fails ends the run.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+cd "$ROOT"
+
+started=$SECONDS
+durations=()
+
+# part NAME COMMAND...
+part() {
+    local name=$1 start=$SECONDS
+    shift
+    say "$name: $*"
+    "$@" || die "$name failed after $((SECONDS - start)) s"
+    durations+=("$(printf '%6d s  %s' $((SECONDS - start)) "$name")")
+}
+
+c_sources() { find csrc tests/capi \( -name '*.[ch]' -o -name '*.hpp' -o -name '*.cpp' \) -not -name kakeya.h | sort; }
+
+clang_format() { c_sources | xargs "$VENV/bin/clang-format" --dry-run --Werror; }
+
+# cargo-nextest runs every test in a process of its own, several at a time. Where it is missing it is built once into
+# .cache (minutes); where even that fails, cargo's own runner runs the same tests.
+rust_tests() {
+    export PATH=$CACHE/cargo-tools/bin:$PATH
+    if ! command -v cargo-nextest >/dev/null; then
+        echo "cargo-nextest is not installed: building it into .cache/cargo-tools, once"
+        cargo install cargo-nextest --locked --root "$CACHE/cargo-tools" ||
+            echo "cargo-nextest could not be built: running the tests with cargo test"
+    fi
+    if command -v cargo-nextest >/dev/null; then
+        cargo nextest run --workspace --locked --no-fail-fast
+    else
+        cargo test --workspace --locked --no-fail-fast --lib --bins --tests
+    fi
+}
+
+capi_tests() {
+    PATH=$VENV/bin:$PATH
+    cmake -S tests/capi -B .cache/capi -G Ninja -DKAKEYA_LIBRARY="$ROOT/target/release/libkakeya.so"
+    cmake --build .cache/capi
+    ctest --test-dir .cache/capi --output-on-failure
+}
+
+part "rustfmt" cargo fmt --all --check
+part "ruff check" "$VENV/bin/ruff" check .
+part "ruff format" "$VENV/bin/ruff" format --check .
+part "clang-format" clang_format
+part "clippy" cargo clippy --workspace --all-targets --locked -- -D warnings
+if [[ ${1:-} != lint ]]; then
+    part "rust tests" rust_tests
+    part "rust doc tests" cargo test --workspace --locked --doc
+    # The Rust tests compare the header too; this says what changed.
+    part "C header" scripts/header.sh
+    part "ctest" capi_tests
+    part "pytest" "$PY" -m pytest tests/python tests/vllm
+fi
+
+say "all parts passed in $((SECONDS - started)) s"
+printf '%s\n' "${durations[@]}"

@@ -1,0 +1,45 @@
+"""The command line: what it accepts, and what it refuses with which words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kakeya_vllm import cli
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+def test_defaults():
+    args = cli.build_parser().parse_args(["calibrate", "MODEL", "--text", "t.txt"])
+    assert (args.tokens, args.out) == (16384, None)
+    args = cli.build_parser().parse_args(["eval", "--model", "M", "--text", "t.txt"])
+    assert (args.passages, args.recipe, args.json) == (16, None, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "required: command"),
+        (["calibrate", "M"], "--text"),
+        (["calibrate", "M", "--text", "t", "--tokens", "100"], "one passage of 2048"),
+        (["calibrate", "M", "--text", "t", "--tokens", "many"], "invalid"),
+        (["eval", "--model", "M", "--text", "t", "--passages", "0"], "not a positive"),
+    ],
+)
+def test_bad_arguments_are_refused(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_calibrating_on_the_test_split_is_refused():
+    with pytest.raises(SystemExit, match="for evaluation only"):
+        cli.main(["calibrate", "MODEL", "--text", str(DATA / "wikitext2-test.txt")])
+
+
+def test_installed_command_prints_its_version():
+    command = Path(sys.executable).with_name("kakeya")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("kakeya 0.")
