@@ -169,7 +169,8 @@ uint32_t kakeya_abi_version(void);
 const char *kakeya_version(void);
 
 // Which instructions run-time dispatch chose on this machine: "avx512", "avx2" or "portable".
-// Results are the same bytes on all of them. Static text.
+// Pages are the same bytes on all of them, attention the same up to rounding. KAKEYA_SIMD=portable or
+// avx2 in the environment asks for less than the processor offers. Static text.
 const char *kakeya_simd(void);
 
 /* ---------------------------------------------------------------------------------------------- */
@@ -216,8 +217,8 @@ typedef struct kakeya_codec kakeya_codec;
 //                 "rope":{"rotary_dim":64,"interleaved":false,"inv_freq":[rotary_dim/2 numbers]}}
 //                num_*_heads count the whole model, not one rank. "rope":null: no rotary embedding.
 //                "interleaved":false pairs channels (i, i + rotary_dim/2), true pairs (2i, 2i + 1).
-//   calibration  bytes of a calibration artefact, or NULL with calibration_len 0. It is copied:
-//                the caller may release it after the call.
+//   calibration  bytes of a calibration artefact, or NULL with calibration_len 0. What is needed of it
+//                is copied. A recipe with "needs_calibration" true must have one, any other none.
 //   out          takes the new codec; give it to kakeya_codec_free when no call uses it any more.
 //
 // Errors: BAD_RECIPE, BAD_MODEL, BAD_CALIBRATION, CALIBRATION_REQUIRED, CALIBRATION_MISMATCH,

@@ -155,6 +155,10 @@ static void test_codec_refusals(void) {
   CHECK_REFUSED(kakeya_codec_new(TEXT("kakeya-4.6x"), TEXT(model), other, len, &codec), KAKEYA_ERR_CALIBRATION_MISMATCH,
                 "[2, 3, 64]");
   release(other);
+  uint8_t *unwanted = calibration(KV_HEADS, &len);
+  CHECK_REFUSED(kakeya_codec_new(TEXT("kakeya-free-4.6x"), TEXT(model), unwanted, len, &codec),
+                KAKEYA_ERR_BAD_CALIBRATION, "takes no calibration");
+  release(unwanted);
   CHECK(codec == canary, "an output was touched");
 }
 

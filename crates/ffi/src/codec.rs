@@ -25,8 +25,8 @@ pub struct kakeya_codec {
 ///                 "rope":{"rotary_dim":64,"interleaved":false,"inv_freq":[rotary_dim/2 numbers]}}
 ///                num_*_heads count the whole model, not one rank. "rope":null: no rotary embedding.
 ///                "interleaved":false pairs channels (i, i + rotary_dim/2), true pairs (2i, 2i + 1).
-///   calibration  bytes of a calibration artefact, or NULL with calibration_len 0. It is copied:
-///                the caller may release it after the call.
+///   calibration  bytes of a calibration artefact, or NULL with calibration_len 0. What is needed of it
+///                is copied. A recipe with "needs_calibration" true must have one, any other none.
 ///   out          takes the new codec; give it to kakeya_codec_free when no call uses it any more.
 ///
 /// Errors: BAD_RECIPE, BAD_MODEL, BAD_CALIBRATION, CALIBRATION_REQUIRED, CALIBRATION_MISMATCH,

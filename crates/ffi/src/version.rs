@@ -27,7 +27,8 @@ pub extern "C" fn kakeya_version() -> *const c_char {
 }
 
 /// Which instructions run-time dispatch chose on this machine: "avx512", "avx2" or "portable".
-/// Results are the same bytes on all of them. Static text.
+/// Pages are the same bytes on all of them, attention the same up to rounding. KAKEYA_SIMD=portable or
+/// avx2 in the environment asks for less than the processor offers. Static text.
 #[unsafe(no_mangle)]
 pub extern "C" fn kakeya_simd() -> *const c_char {
     match ::kakeya_codec::simd_level() {
