@@ -33,8 +33,8 @@ pub struct StreamTables {
 pub struct HeadTables {
     pub k: StreamTables,
     pub v: StreamTables,
-    /// Mean query on the channels that hardly turn, canonical order: its product with a key before rotary embedding
-    /// scores sink tokens. Empty without calibration: the outlier distance scores them then.
+    /// What scores a token for an exact slot, from its key before rotary embedding (canonical order), on the channels that
+    /// hardly turn: sinks live there. Calibrated: the mean query, for a product. Free: 1 or 0, for a squared distance.
     pub sink_query: Vec<f32>,
 }
 
@@ -326,7 +326,7 @@ fn build_heads(
                 Some(c) => {
                     calibrated(recipe, layout, rotary, freq, &key_share, &query_share, &c.head(layer, head))
                 }
-                None => free(recipe, layout),
+                None => free(recipe, layout, freq),
             };
             budgets.push(widths::Head { weight: draft.weight.clone(), bits: layout.code_bits });
             drafts.push(draft);
@@ -380,12 +380,7 @@ fn calibrated(
     weight.extend(unit_weights(&v_weight, &v_order, channels, 1.0));
 
     let mut sink_query = canonical(stats.q_mean);
-    for (i, f) in freq.iter().enumerate() {
-        if f * SINK_SPAN >= 2.0 {
-            sink_query[i] = 0.0;
-            sink_query[i + freq.len()] = 0.0;
-        }
-    }
+    keep_slow_channels(&mut sink_query, freq);
     let v_sigma = sigma(&v_var);
     let k = StreamTables {
         mean: canonical(stats.k_mean),
@@ -404,8 +399,22 @@ fn calibrated(
     Draft { tables: HeadTables { k, v, sink_query }, weight }
 }
 
-fn free(recipe: &Recipe, layout: &PageLayout) -> Draft {
+/// Zeroes the channels that turn faster than [`SINK_SPAN`] allows, unless that would leave none.
+fn keep_slow_channels(weight: &mut [f32], freq: &[f64]) {
+    let fast = |f: &f64| f * SINK_SPAN >= 2.0;
+    if 2 * freq.len() == weight.len() && freq.iter().all(fast) {
+        return;
+    }
+    for (i, _) in freq.iter().enumerate().filter(|(_, f)| fast(f)) {
+        weight[i] = 0.0;
+        weight[i + freq.len()] = 0.0;
+    }
+}
+
+fn free(recipe: &Recipe, layout: &PageLayout, freq: &[f64]) -> Draft {
     let d = layout.head_dim;
+    let mut sink_query = vec![1.0; d];
+    keep_slow_channels(&mut sink_query, freq);
     let stream = StreamTables {
         mean: vec![0.0; d],
         step: vec![1.0; d],
@@ -415,7 +424,7 @@ fn free(recipe: &Recipe, layout: &PageLayout) -> Draft {
     };
     let mut weight = vec![recipe.k_weight; layout.units()];
     weight.extend(vec![1.0; layout.units()]);
-    Draft { tables: HeadTables { k: stream.clone(), v: stream, sink_query: Vec::new() }, weight }
+    Draft { tables: HeadTables { k: stream.clone(), v: stream, sink_query }, weight }
 }
 
 fn fingerprint(recipe: &Recipe, shape: &ModelShape, layouts: &[PageLayout], heads: &[HeadTables]) -> String {

@@ -93,15 +93,18 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn slot_scores(before: &[f32], d: usize, sink_query: &[f32]) -> [f32; BLOCK] {
-    if !sink_query.is_empty() {
+fn slot_scores(before: &[f32], d: usize, sink_query: &[f32], calibrated: bool) -> [f32; BLOCK] {
+    if calibrated {
         return std::array::from_fn(|j| dot(sink_query, &before[j * d..(j + 1) * d]));
     }
     let none = [false; BLOCK];
     let n = BLOCK as f32;
     let mean: Vec<f32> = column_sums(before, d, &none, false, None).iter().map(|s| s / n).collect();
-    let inverse: Vec<f32> =
-        column_sums(before, d, &none, true, Some(&mean)).iter().map(|s| 1.0 / (s / n + 1e-12)).collect();
+    let inverse: Vec<f32> = column_sums(before, d, &none, true, Some(&mean))
+        .iter()
+        .zip(sink_query)
+        .map(|(s, w)| w / (s / n + 1e-12))
+        .collect();
     let mut square = vec![0.0; d];
     std::array::from_fn(|j| {
         for ((s, x), m) in square.iter_mut().zip(&before[j * d..(j + 1) * d]).zip(&mean) {
@@ -180,7 +183,8 @@ fn seal_inner(
     }
     values.chunks_exact_mut(d).for_each(hadamard::transform);
 
-    let tokens = page::best_tokens(&slot_scores(&before, d, &t.sink_query), layout.num_slots);
+    let tokens =
+        page::best_tokens(&slot_scores(&before, d, &t.sink_query, codec.stats.calibrated), layout.num_slots);
     let mut exact = [false; BLOCK];
     tokens.iter().for_each(|&j| exact[usize::from(j)] = true);
     let ordinary = (BLOCK - tokens.len()) as f32;

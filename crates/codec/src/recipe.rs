@@ -91,7 +91,8 @@ impl Recipe {
             ratio: *ratio,
             quantizer: *quantizer,
             calibrated,
-            min_slots: 1,
+            // Without calibration nothing tells which layers have many sinks: every page keeps four.
+            min_slots: if calibrated { 1 } else { 4 },
             sink_slots: 4,
             k_weight: 6.0,
             menu: 16,

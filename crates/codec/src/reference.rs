@@ -28,9 +28,9 @@ fn dot(a: impl Iterator<Item = f32>, b: impl Iterator<Item = f32>) -> f32 {
 }
 
 /// How much each token wants an exact slot: its product with the calibrated mean query, or, without calibration, its
-/// squared distance from the block's mean in deviations of the block.
-fn slot_scores(before: &Block, sink_query: &[f32]) -> [f32; BLOCK] {
-    if !sink_query.is_empty() {
+/// squared distance from the block's mean in deviations of the block, over the channels that hardly turn.
+fn slot_scores(before: &Block, sink_query: &[f32], calibrated: bool) -> [f32; BLOCK] {
+    if calibrated {
         return std::array::from_fn(|j| dot(sink_query.iter().copied(), before[j].iter().copied()));
     }
     let n = BLOCK as f32;
@@ -38,7 +38,8 @@ fn slot_scores(before: &Block, sink_query: &[f32]) -> [f32; BLOCK] {
     let mean: Vec<f32> = (0..d).map(|i| block_sum(|j| before[j][i]) / n).collect();
     let square = |j: usize, i: usize| (before[j][i] - mean[i]) * (before[j][i] - mean[i]);
     // The tiny addend keeps constant channels from dividing by zero.
-    let inverse: Vec<f32> = (0..d).map(|i| 1.0 / (block_sum(|j| square(j, i)) / n + 1e-12)).collect();
+    let inverse: Vec<f32> =
+        (0..d).map(|i| sink_query[i] / (block_sum(|j| square(j, i)) / n + 1e-12)).collect();
     std::array::from_fn(|j| dot((0..d).map(|i| square(j, i)), inverse.iter().copied()))
 }
 
@@ -174,7 +175,8 @@ pub fn seal(
         hadamard::transform(row);
     }
 
-    let tokens = page::best_tokens(&slot_scores(&before, &t.sink_query), layout.num_slots);
+    let tokens =
+        page::best_tokens(&slot_scores(&before, &t.sink_query, codec.stats.calibrated), layout.num_slots);
     let mut exact = [false; BLOCK];
     tokens.iter().for_each(|&j| exact[usize::from(j)] = true);
 
