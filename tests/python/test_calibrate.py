@@ -23,6 +23,9 @@ def test_hadamard_is_in_sylvester_order():
     assert hadamard(96)[:32, 32:].abs().max() == 0
 
 
+SCALE = 0.25
+
+
 def rotate(rows, rope):
     """RoPE written the slow way, one pair at a time."""
     out = rows.clone()
@@ -71,12 +74,13 @@ def synthetic(passages, heads=2, group=3, dim=16):
 
 
 def run_statistics(data, heads=2, group=3, dim=16):
-    statistics = LayerStatistics(heads, heads * group, dim, Unrotation(None, dim, "cpu"), "cpu")
+    unrotate = Unrotation(None, dim, "cpu")
+    statistics = LayerStatistics(heads, heads * group, dim, unrotate, SCALE, "cpu")
     for q, _, _ in data:
         statistics.first_pass(q)
     statistics.start_second_pass()
-    for _, k, v in data:
-        statistics.second_pass(k, v)
+    for q, k, v in data:
+        statistics.second_pass(q, k, v)
     return statistics.result()
 
 
@@ -89,26 +93,31 @@ def test_statistics_equal_direct_formulas():
         q = q.reshape(-1, dim).double()
         torch.testing.assert_close(got["q_mean"][head], q.mean(0))
         torch.testing.assert_close(got["q_sq"][head], q.square().mean(0))
-        keys, values, ranked = [], [], []
-        for _, k, v in data:
+        keys, values = [], []
+        mass = torch.zeros(calibrate.SINK_RANKS, dtype=torch.float64)
+        for q3, k, v in data:
+            queries = q3.view(-1, heads, group, dim)[:, head].double()
             k = k.view(-1, heads, dim)[:, head].double()
             v = v.view(-1, heads, dim)[:, head].double() @ hadamard(dim)
+            score = k @ q.mean(0)
+            positions = range(len(k) // 2 + 64, len(k), 64)
+            attention = torch.zeros(len(k), dtype=torch.float64)
+            for p in positions:
+                for member in range(group):
+                    seen = (k[: p + 1] @ queries[p, member] * SCALE).softmax(0)
+                    attention[: p + 1] += seen / (len(positions) * group)
             for start in range(0, len(k), BLOCK):
-                first = max(start, SKIPPED_POSITIONS)
-                rows = first + (k[first : start + BLOCK] @ q.mean(0)).argsort(descending=True)
-                ranked.append(k[rows[: calibrate.SINK_RANKS]])
-                keys.append(k[rows[1:]])
-                values.append(v[rows[1:]])
-        keys, values, ranked = torch.cat(keys), torch.cat(values), torch.stack(ranked)
-        mean, var = keys.mean(0), keys.var(0, correction=0)
-        torch.testing.assert_close(got["k_mean"][head], mean)
-        torch.testing.assert_close(got["k_var"][head], var)
+                block = start + score[start : start + BLOCK].argsort(descending=True)
+                mass += attention[block[: calibrate.SINK_RANKS]] / len(data)
+                ordinary = block[block >= SKIPPED_POSITIONS][1:]
+                keys.append(k[ordinary])
+                values.append(v[ordinary])
+        keys, values = torch.cat(keys), torch.cat(values)
+        torch.testing.assert_close(got["k_mean"][head], keys.mean(0))
+        torch.testing.assert_close(got["k_var"][head], keys.var(0, correction=0))
         torch.testing.assert_close(got["v_mean"][head], values.mean(0))
         torch.testing.assert_close(got["v_var"][head], values.var(0, correction=0))
-        weight = var * q.square().mean(0)
-        z = (ranked - mean) / var.sqrt()
-        energy = (weight * z.square()).mean(-1).mean(0) / weight.mean()
-        torch.testing.assert_close(got["sink_energy"][head], energy)
+        torch.testing.assert_close(got["sink_mass"][head], mass)
 
 
 def test_a_sink_is_found_and_does_not_stretch_the_rest():
@@ -119,8 +128,10 @@ def test_a_sink_is_found_and_does_not_stretch_the_rest():
         k.view(-1, 2, 16)[[BLOCK // 2, BLOCK + 5]] += 40
     got = run_statistics(data)
     torch.testing.assert_close(got["k_var"], clean["k_var"], rtol=0.1, atol=0)
-    assert (got["sink_energy"][:, 0] > 100).all()
-    assert (got["sink_energy"][:, 1] < 10).all()
+    # Most queries look along the mean one, and the two sinks rank first in their blocks.
+    assert (clean["sink_mass"][:, 0] < 0.1).all()
+    assert (got["sink_mass"][:, 0] > 0.5).all()
+    assert (got["sink_mass"][:, 1:].sum(-1) < 0.1).all()
 
 
 def test_statistics_that_are_not_finite_are_refused():

@@ -13,14 +13,15 @@ at position >= 8:
                                 mean, and mean of squares
     v_mean, v_var    [L, H, D]  V' = V @ Hadamard (orthonormal; block-diagonal where D
                                 is no power of two)
-    sink_energy      [L, H, 8]  normalised energy of the k-th most attended token of a block
+    sink_mass        [L, H, 8]  attention probability on the token of rank 1..8 of every block,
+                                summed over the blocks of a sequence
 
 A few tokens of a text (attention sinks) have keys far from all others. The codec stores them
 exactly, so they must not stretch the statistics of the rest. Pass 1 finds the mean query; pass 2
 leaves out, in each block of 128 tokens, the token that the mean query looks at most, counting
-only channels slow enough to keep their phase over 2,048 positions. `sink_energy` tells how far
-such tokens are out: with z the key in units of (k_mean, k_var) and lambda = k_var * q_sq, it is
-the mean over blocks of mean_i(lambda_i z_i^2) / mean_i(lambda_i); 1 is an ordinary token.
+only channels slow enough to keep their phase over 2,048 positions. The same score ranks the
+tokens of a block for `sink_mass`, which tells the codec how many of them deserve to be exact; it is
+a mean over the query heads of the group and over every 64th query of a passage's second half.
 
 Cost: two forward passes over the text; memory of one passage of one layer.
 """
@@ -56,6 +57,8 @@ SKIPPED_POSITIONS = 8
 # positions.
 SINK_REACH, SINK_TURN = 2048, 2.0
 SINK_RANKS = 8
+# Queries that `sink_mass` is averaged over: far from the keys of the first half, and few.
+SINK_QUERY_STRIDE = 64
 
 
 def hadamard(size: int) -> torch.Tensor:
@@ -151,14 +154,17 @@ class LayerStatistics:
     """Both passes of one attention layer. Rows come as the layer gets them: after RoPE, [tokens,
     heads * D] or [.., D]."""
 
-    def __init__(self, heads: int, query_heads: int, dim: int, unrotate: Unrotation, device):
-        self.heads, self.group, self.dim, self.unrotate = heads, query_heads // heads, dim, unrotate
+    def __init__(
+        self, heads: int, query_heads: int, dim: int, unrotate: Unrotation, scale: float, device
+    ):
+        self.heads, self.group, self.dim = heads, query_heads // heads, dim
+        self.unrotate, self.scale = unrotate, scale
         self.hadamard = hadamard(dim).to(device)
         self.query = Moments.zeros(heads, dim, device)
         self.key = MaskedMoments.zeros(heads, dim, device)
         self.value = MaskedMoments.zeros(heads, dim, device)
-        z = torch.zeros(SINK_RANKS, heads, dim, dtype=torch.float64, device=device)
-        self.ranked_total, self.ranked_squares, self.blocks = z, z.clone(), 0
+        self.mass = torch.zeros(heads, SINK_RANKS, dtype=torch.float64, device=device)
+        self.passages = 0
         self.score_vector: torch.Tensor | None = None
 
     def first_pass(self, q: torch.Tensor) -> None:
@@ -176,47 +182,46 @@ class LayerStatistics:
             self.unrotate.channel_frequency * SINK_REACH < SINK_TURN
         )
 
-    def second_pass(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def second_pass(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         key = self.unrotate(k.reshape(-1, self.heads, self.dim))
-        value = v.reshape(-1, self.heads, self.dim).double() @ self.hadamard
-        score = torch.einsum("thd,hd->th", key, self.score_vector)
-        score[:SKIPPED_POSITIONS] = -torch.inf
-        top = (
-            score.reshape(-1, BLOCK, self.heads).topk(SINK_RANKS, dim=1).indices
-        )  # [blocks, rank, H]
-        starts = torch.arange(top.shape[0], device=top.device) * BLOCK
-        rows = top + starts[:, None, None]
-        ranked = key.gather(0, rows.reshape(-1, self.heads)[:, :, None].expand(-1, -1, self.dim))
-        ranked = ranked.reshape(-1, SINK_RANKS, self.heads, self.dim)
-        self.ranked_total += ranked.sum(0)
-        self.ranked_squares += ranked.square().sum(0)
-        self.blocks += top.shape[0]
-        keep = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
-        keep[:SKIPPED_POSITIONS] = False
-        keep.scatter_(0, rows[:, 0], False)
-        self.key.add(key, keep)
-        self.value.add(value, keep)
+        score = torch.einsum("thd,hd->ht", key, self.score_vector)
+        self._add_sink_mass(q, k, score)
+        score[:, :SKIPPED_POSITIONS] = -torch.inf
+        keep = torch.ones_like(score, dtype=torch.bool)
+        keep[:, :SKIPPED_POSITIONS] = False
+        keep.scatter_(1, self._best(score, 1), False)
+        self.key.add(key, keep.T)
+        self.value.add(v.reshape(-1, self.heads, self.dim).double() @ self.hadamard, keep.T)
+
+    def _best(self, score: torch.Tensor, ranks: int) -> torch.Tensor:
+        """Tokens [H, blocks * ranks] of the highest scores of each block; score is [H, tokens]."""
+        top = score.reshape(self.heads, -1, BLOCK).topk(ranks, dim=2).indices
+        starts = torch.arange(top.shape[1], device=top.device) * BLOCK
+        return (top + starts[:, None]).reshape(self.heads, -1)
+
+    def _add_sink_mass(self, q: torch.Tensor, k: torch.Tensor, score: torch.Tensor) -> None:
+        tokens = score.shape[1]
+        at = torch.arange(
+            tokens // 2 + SINK_QUERY_STRIDE, tokens, SINK_QUERY_STRIDE, device=q.device
+        )
+        queries = q.reshape(tokens, self.heads, self.group, self.dim)[at].double()
+        keys = k.reshape(tokens, self.heads, self.dim).double()
+        logits = torch.einsum("nhgd,thd->hgnt", queries, keys) * self.scale
+        future = torch.arange(tokens, device=q.device) > at[:, None]
+        attention = logits.masked_fill(future, -torch.inf).softmax(-1).mean((1, 2))
+        best = attention.gather(1, self._best(score, SINK_RANKS))
+        self.mass += best.reshape(self.heads, -1, SINK_RANKS).sum(1)
+        self.passages += 1
 
     def result(self) -> dict[str, torch.Tensor]:
-        mean, var, weight = self.key.mean(), self.key.var(), self.query.mean_square()
-        # lambda_i z_i^2 = q_sq_i (k_i - mean_i)^2, and its mean over blocks follows from the
-        # moments of each rank.
-        distance = (
-            self.ranked_squares / self.blocks
-            - 2 * mean * (self.ranked_total / self.blocks)
-            + mean.square()
-        ) * weight
-        energy = distance.sum(-1) / (var * weight).sum(-1).clamp_min(
-            torch.finfo(torch.float64).tiny
-        )
         return {
-            "k_mean": mean,
-            "k_var": var,
+            "k_mean": self.key.mean(),
+            "k_var": self.key.var(),
             "q_mean": self.query.mean(),
-            "q_sq": weight,
+            "q_sq": self.query.mean_square(),
             "v_mean": self.value.mean(),
             "v_var": self.value.var(),
-            "sink_energy": energy.transpose(0, 1),
+            "sink_mass": self.mass / self.passages,
         }
 
 
@@ -238,7 +243,10 @@ class Capture:
         unrotate = Unrotation(
             find(model, [name for name, _ in self.layers], hf_config), self.shape[2], device
         )
-        self.statistics = [LayerStatistics(*self.shape, unrotate, device) for _ in self.layers]
+        self.statistics = [
+            LayerStatistics(*self.shape, unrotate, module.impl.scale, device)
+            for _, module in self.layers
+        ]
         self.expected_tokens = 0
         self.seen = 0
         self.second = False
@@ -271,7 +279,7 @@ class Capture:
                     f"{self.expected_tokens}"
                 )
             if self.second:
-                statistics.second_pass(k, v)
+                statistics.second_pass(q, k, v)
             else:
                 statistics.first_pass(q)
             self.seen += 1
