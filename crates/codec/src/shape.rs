@@ -33,6 +33,9 @@ pub struct Rope {
     pub inv_freq: Vec<f64>,
 }
 
+/// Channels of all layers and KV heads together.
+const MAX_CHANNELS: usize = 1 << 22;
+
 /// Head dimensions that the page layout covers.
 pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 
@@ -65,6 +68,13 @@ impl ModelShape {
             return bad(format!(
                 "num_q_heads {} is no multiple of num_kv_heads {}",
                 self.num_q_heads, self.num_kv_heads
+            ));
+        }
+        // The largest models have 126 x 8 x 128 channels; bounding the product bounds the memory of the static tables.
+        let channels = self.num_layers * self.num_kv_heads * self.head_dim;
+        if channels > MAX_CHANNELS {
+            return bad(format!(
+                "num_layers * num_kv_heads * head_dim is {channels}; valid: up to {MAX_CHANNELS}"
             ));
         }
         if let Some(rope) = &self.rope {
