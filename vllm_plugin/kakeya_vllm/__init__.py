@@ -8,10 +8,3 @@ Importing the package is free: everything heavy is imported by the module that n
 """
 
 __version__ = "0.1.0"
-
-
-def register() -> None:
-    """Register the backend by hand; vLLM does it by itself through the entry point."""
-    from kakeya_vllm.register import register as _register
-
-    _register()

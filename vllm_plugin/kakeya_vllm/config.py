@@ -233,9 +233,7 @@ def _recipe_and_calibration(
     try:
         needs_calibration = bool(library.recipe_describe(recipe)["needs_calibration"])
     except lib.KakeyaError as error:
-        raise ConfigError(
-            f"{sources['recipe']}: {error.text}. Presets: {', '.join(library.recipe_names())}"
-        ) from error
+        raise ConfigError(f"{sources['recipe']}: {error.text}") from error  # lists the presets
     if needs_calibration and path is None:
         raise ConfigError(
             f"recipe {_short(recipe)} needs a calibration artefact and there is none at "

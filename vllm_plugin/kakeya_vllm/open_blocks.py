@@ -102,14 +102,19 @@ class OpenBlocks:
         return self.num_open - len(self._free)
 
     @property
-    def num_requests(self) -> int:
-        """Requests followed now."""
-        return len(self._requests)
+    def request_ids(self) -> list[str]:
+        """Requests followed now; a finished one until the next step says so."""
+        return list(self._requests)
 
     def slots_of(self, request_id: str) -> dict[int, int]:
         """Slot by index of block in the request; empty for an unknown request."""
         request = self._requests.get(request_id)
         return dict(request.slots) if request else {}
+
+    def blocks_of(self, request_id: str) -> list[int]:
+        """Block ids of a request in order; empty for an unknown request."""
+        request = self._requests.get(request_id)
+        return list(request.block_ids) if request else []
 
     def update(self, step: Any) -> None:
         """Take in one SchedulerOutput, before the model runs it."""

@@ -1,0 +1,44 @@
+"""Fixtures: models, and the environment that every engine of these tests runs under.
+
+The variables are set when the module is imported, before anything imports vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+for _name in [n for n in os.environ if n.startswith("KAKEYA_")]:
+    # A developer's own settings must not leak into the tests.
+    if _name != "KAKEYA_LIBRARY" and not _name.startswith("KAKEYA_TEST_"):
+        del os.environ[_name]
+os.environ.pop("VLLM_ATTENTION_BACKEND", None)
+
+import engines  # noqa: E402
+
+for _name, _value in engines.ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_artefacts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Look for calibration artefacts in an empty directory, not in the developer's cache."""
+    os.environ["KAKEYA_CACHE"] = str(tmp_path_factory.mktemp("kakeya-cache"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M: KAKEYA_TEST_SMOLLM2, or where `make setup` puts it."""
+    default = engines.ROOT / ".cache" / "models" / "smollm2"
+    path = Path(os.environ.get("KAKEYA_TEST_SMOLLM2") or default)
+    if not (path / "config.json").is_file():
+        pytest.fail(f"no model at {path}: run `make setup` or set KAKEYA_TEST_SMOLLM2")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2-like model: head_dim 128, QKV bias, 4 layers, 4 query and 2 KV heads."""
+    return engines.make_tiny_model(tmp_path_factory.mktemp("tiny"))

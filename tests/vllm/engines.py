@@ -1,0 +1,305 @@
+"""Engines for the tests: a tiny random model, how a run is made and how two are compared.
+
+Engines run in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so that a test can look into the
+worker. For what needs processes of its own, :func:`run_elsewhere` runs this file as a script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = 128
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+_closed: list[Any] = []
+KV_BYTES = 2**28  # KV cache of an engine: enough for every test, small enough to keep several
+
+
+@dataclass
+class Run:
+    """One finished request: tokens, the log-probability of each, and its prefix-cache hits."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    cached: int
+    text: str
+
+
+class Engine:
+    """An in-process vLLM engine. Not to be used after close()."""
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        from vllm import LLM
+
+        defaults: dict[str, Any] = {
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "max_num_seqs": 16,
+            "disable_log_stats": False,
+            "kv_cache_memory_bytes": KV_BYTES,
+            "attention_backend": "KAKEYA",
+        }
+        options = defaults | options
+        if options["attention_backend"] is None:
+            del options["attention_backend"]
+        self.llm = LLM(str(model), **options)
+
+    def run(
+        self, prompts: list[list[int]] | list[str], max_tokens: int | list[int] = 16, **sampling: Any
+    ) -> list[Run]:
+        """Greedy completions of all prompts, in one generate call."""
+        from vllm import SamplingParams
+
+        counts = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        params = [
+            SamplingParams(temperature=0, max_tokens=n, logprobs=1, ignore_eos=True, **sampling)
+            for n in counts
+        ]
+        inputs = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return [to_run(output) for output in outputs]
+
+    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
+        """Log-probability of every prompt token but the first."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        (output,) = self.llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+        return [
+            entry[token].logprob
+            for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+
+    def worker(self, function: Callable[[Any], Any]) -> Any:
+        """function(worker) in the worker."""
+        return self.llm.collective_rpc(function)[0]
+
+    @property
+    def runtime(self) -> Any:
+        return self.worker(lambda worker: worker._kakeya)
+
+    @property
+    def open_blocks(self) -> Any:
+        return self.runtime.open_blocks
+
+    @property
+    def num_blocks(self) -> int:
+        return self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+
+    def counter(self, name: str) -> int:
+        """Value of one of vLLM's own counters, e.g. vllm:num_preemptions."""
+        return sum(m.value for m in self.llm.get_metrics() if m.name == name)
+
+    def reset_prefix_cache(self) -> None:
+        assert self.llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        """End of use. The engine object stays alive until the process ends: when an in-process
+        engine is destroyed, vLLM takes down process groups that other engines share."""
+        _closed.append(self.llm)
+        del self.llm
+
+
+def to_run(output: Any) -> Run:
+    """vLLM's RequestOutput as a Run."""
+    completion = output.outputs[0]
+    chosen = [
+        entry[token].logprob
+        for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)
+    ]
+    return Run(list(completion.token_ids), chosen, output.num_cached_tokens or 0, completion.text)
+
+
+@contextlib.contextmanager
+def engine(model: str | Path, env: dict[str, str] | None = None, **options: Any) -> Iterator[Engine]:
+    """An engine for the length of a with block, built under extra environment variables."""
+    with variables(env or {}):
+        made = Engine(model, **options)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextlib.contextmanager
+def variables(env: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the length of a with block."""
+    saved = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def tokens(seed: int, count: int, vocab: int = 512) -> list[int]:
+    """A prompt of random token ids."""
+    rng = random.Random(seed)
+    return [rng.randrange(3, vocab) for _ in range(count)]
+
+
+def assert_same_run(a: Run, b: Run, tolerance: float) -> None:
+    """Two greedy runs agree: same tokens, log-probabilities within ``tolerance``.
+
+    Where the tokens part, the two candidates must have been closer than the tolerance; what
+    follows is then a different text and is not compared.
+    """
+    for i, (s, t) in enumerate(zip(a.tokens, b.tokens, strict=True)):
+        assert abs(a.logprobs[i] - b.logprobs[i]) <= tolerance, (
+            f"token {i}: log-probabilities {a.logprobs[i]} and {b.logprobs[i]} ({s}, {t})"
+        )
+        if s != t:
+            return
+
+
+def make_tiny_model(directory: Path, *, kv_heads: int = 2, **overrides: Any) -> Path:
+    """A random Qwen2-like model: head_dim 128, QKV bias, 4 layers, 4 query heads.
+
+    No tokenizer: pass skip_tokenizer_init=True and token ids. Weights are scaled so that attention
+    matters and logits are not nearly equal.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, layers, heads, head_dim, inner, vocab = 512, 4, 4, 128, 768, 512
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": vocab,
+        "torch_dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | overrides
+    generator = torch.Generator().manual_seed(1)
+
+    def weight(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * (gain / columns**0.5)
+
+    state = {
+        "model.embed_tokens.weight": weight(vocab, hidden, 16.0),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": weight(vocab, hidden, 3.0),
+    }
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        for name, rows, gain in (("q", heads, 1.0), ("k", kv_heads, 1.0), ("v", kv_heads, 1.0)):
+            state[f"{layer}self_attn.{name}_proj.weight"] = weight(rows * head_dim, hidden, gain)
+            bias = torch.randn(rows * head_dim, generator=generator)
+            state[f"{layer}self_attn.{name}_proj.bias"] = bias * (1.0 if name == "k" else 0.2)
+        state[f"{layer}self_attn.o_proj.weight"] = weight(hidden, heads * head_dim, 2.0)
+        state[f"{layer}mlp.gate_proj.weight"] = weight(inner, hidden)
+        state[f"{layer}mlp.up_proj.weight"] = weight(inner, hidden)
+        state[f"{layer}mlp.down_proj.weight"] = weight(hidden, inner)
+        state[f"{layer}input_layernorm.weight"] = torch.ones(hidden)
+        state[f"{layer}post_attention_layernorm.weight"] = torch.ones(hidden)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    save_file({k: v.contiguous() for k, v in state.items()}, directory / "model.safetensors")
+    return directory
+
+
+def read_pages(worker: Any, layer: int) -> list[list[str]]:
+    """Pages of all blocks that were ever sealed in a layer: [block][head], as hex.
+
+    The CPU cache starts as zeros and no page is all zero. (A finished request's blocks cannot be
+    asked for here: a spawned engine tells the worker at once that it has finished.)
+    """
+    context = worker.vllm_config.compilation_config.static_forward_context
+    (found,) = [v for k, v in context.items() if f".{layer}." in k]
+    sealed = found.kv_cache.flatten(1).any(dim=1).nonzero().flatten().tolist()
+    return [[bytes(page).hex() for page in found.kv_cache[b, :, 0].numpy()] for b in sealed]
+
+
+def run_elsewhere(
+    model: Path,
+    prompts: list[Any],
+    max_tokens: int,
+    *,
+    env: dict[str, str] | None = None,
+    pages_of_layer: int | None = None,
+    counters: list[str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Engine.run in a process of its own: {"runs", "pages" by rank, "counters"}."""
+    job = {
+        "model": str(model),
+        "prompts": prompts,
+        "max_tokens": max_tokens,
+        "pages_of_layer": pages_of_layer,
+        "counters": counters or [],
+        "options": options,
+    }
+    with variables({"PYTHONPATH": str(Path(__file__).parent)} | (env or {})):
+        done = subprocess.run(
+            [sys.executable, __file__, json.dumps(job)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+    results = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
+    if done.returncode or not results:
+        raise RuntimeError(f"the engine failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+    result = json.loads(results[-1].removeprefix(_RESULT))
+    result["runs"] = [Run(**run) for run in result["runs"]]
+    return result
+
+
+_RESULT = "RESULT "
+
+
+def main() -> None:
+    """Run the job in the first argument; see run_elsewhere."""
+    job = json.loads(sys.argv[1])
+    made = Engine(job["model"], **job["options"])
+    runs = made.run(job["prompts"], job["max_tokens"])
+    pages = None
+    if job["pages_of_layer"] is not None:
+        pages = made.llm.collective_rpc(read_pages, args=(job["pages_of_layer"],))
+    result = {
+        "runs": [asdict(run) for run in runs],
+        "pages": pages,
+        "counters": {name: made.counter(name) for name in job["counters"]},
+    }
+    print(_RESULT + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    # Under its module name, so that a worker can unpickle read_pages.
+    import engines
+
+    engines.main()

