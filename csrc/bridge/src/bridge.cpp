@@ -1,0 +1,112 @@
+#include "bridge.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "unit.cuh"
+
+namespace kakeya {
+namespace {
+
+template <int W, int M, int C>
+uint32_t code_pair(const LaneWords &w) {
+  return field<W, M, C>(w) >> field_bit<W, M, C>();
+}
+
+// Calls f<M, C>() for the eight pairs of a lane.
+template <typename F>
+void for_pairs(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (f.template operator()<I / 4, I % 4>(), ...);
+  }(std::make_integer_sequence<int, 8>());
+}
+
+template <int W>
+void pack_width(const uint8_t *codes, uint8_t *unit) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    LaneWords w = {0, 0, 0};
+    for_pairs([&]<int M, int C>() {
+      const int n = 4 * M + C;
+      put<W, M, C>(w, codes[n * kLanes + lane] | uint32_t(codes[(8 + n) * kLanes + lane]) << 16);
+    });
+    store_lane<W>(unit, lane, w);
+  }
+}
+
+template <int W>
+void unpack_width(const uint8_t *unit, uint8_t *codes) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const LaneWords w = load_lane<W>(unit, lane);
+    for_pairs([&]<int M, int C>() {
+      const uint32_t pair = code_pair<W, M, C>(w);
+      const int n = 4 * M + C;
+      codes[n * kLanes + lane] = uint8_t(pair);
+      codes[(8 + n) * kLanes + lane] = uint8_t(pair >> 16);
+    });
+  }
+}
+
+template <int W>
+void symbols_width(const uint8_t *unit, uint8_t *past, uint8_t *symbols) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const uint32_t window = trellis_window(load_u16(unit + 2 * lane), past[lane]);
+    past[lane] = uint8_t(trellis_next_past(window));
+    const uint32_t z1 = spread_bytes(trellis_z1(window)), z0 = spread_bytes(trellis_z0(window));
+    LaneWords w = {0, 0, 0};
+    if constexpr (W > 1) w = load_lane<W - 1>(unit + unit_bytes(1), lane);
+    for_pairs([&]<int M, int C>() {
+      uint32_t refinement = 0;
+      if constexpr (W > 1) refinement = code_pair<W - 1, M, C>(w);
+      const uint32_t pair = kakeya::trellis_symbols<M, C>(refinement, z1, z0);
+      const int n = 4 * M + C;
+      symbols[n * kLanes + lane] = uint8_t(pair);
+      symbols[(8 + n) * kLanes + lane] = uint8_t(pair >> 16);
+    });
+  }
+}
+
+// Calls f<width>() for a width known at run time.
+template <typename F>
+void with_width(size_t width, F f) {
+  switch (width) {
+    case 1:
+      return f.template operator()<1>();
+    case 2:
+      return f.template operator()<2>();
+    case 3:
+      return f.template operator()<3>();
+    case 4:
+      return f.template operator()<4>();
+    case 5:
+      return f.template operator()<5>();
+    case 6:
+      return f.template operator()<6>();
+    default:
+      throw std::out_of_range("width: valid 1..6");
+  }
+}
+
+void require(bool ok, const char *what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+}  // namespace
+
+void pack(size_t width, rust::Slice<const uint8_t> codes, rust::Slice<uint8_t> unit) {
+  require(codes.size() == kCodes * kLanes && unit.size() == size_t(unit_bytes(int(width))), "pack: sizes");
+  with_width(width, [&]<int W>() { pack_width<W>(codes.data(), unit.data()); });
+}
+
+void unpack(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint8_t> codes) {
+  require(codes.size() == kCodes * kLanes && unit.size() == size_t(unit_bytes(int(width))), "unpack: sizes");
+  with_width(width, [&]<int W>() { unpack_width<W>(unit.data(), codes.data()); });
+}
+
+void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint8_t> past,
+                     rust::Slice<uint8_t> symbols) {
+  require(symbols.size() == kCodes * kLanes && past.size() == kLanes, "trellis_symbols: sizes");
+  require(unit.size() == size_t(unit_bytes(int(width))), "trellis_symbols: unit");
+  with_width(width, [&]<int W>() { symbols_width<W>(unit.data(), past.data(), symbols.data()); });
+}
+
+}  // namespace kakeya

@@ -1,0 +1,16 @@
+// What the bridge exposes of kernels/: units packed, unpacked and decoded by the device functions, on the host.
+#pragma once
+
+#include "rust/cxx.h"
+
+namespace kakeya {
+
+// Codes [16 positions][32 lanes] of a unit of `width` bits into its bytes, and back.
+void pack(size_t width, rust::Slice<const uint8_t> codes, rust::Slice<uint8_t> unit);
+void unpack(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint8_t> codes);
+
+// Symbols [16][32] of a trellis unit of `width` bits; `past` [32]: the chain's memory, updated.
+void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint8_t> past,
+                     rust::Slice<uint8_t> symbols);
+
+}  // namespace kakeya

@@ -1,0 +1,17 @@
+//! The kernels' device functions, compiled for the host. Test support only: nothing ships from here.
+
+#[cxx::bridge(namespace = "kakeya")]
+mod ffi {
+    unsafe extern "C++" {
+        include!("bridge.h");
+
+        /// Codes `[16][32]` of a unit of `width` bits into its `64 * width` bytes.
+        fn pack(width: usize, codes: &[u8], unit: &mut [u8]) -> Result<()>;
+        /// Inverse of `pack`.
+        fn unpack(width: usize, unit: &[u8], codes: &mut [u8]) -> Result<()>;
+        /// Symbols `[16][32]` of a trellis unit; `past` `[32]` carries the chains from unit to unit.
+        fn trellis_symbols(width: usize, unit: &[u8], past: &mut [u8], symbols: &mut [u8]) -> Result<()>;
+    }
+}
+
+pub use ffi::{pack, trellis_symbols, unpack};
