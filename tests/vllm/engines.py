@@ -63,7 +63,10 @@ class Engine:
         self.llm = LLM(str(model), **options)
 
     def run(
-        self, prompts: list[list[int]] | list[str], max_tokens: int | list[int] = 16, **sampling: Any
+        self,
+        prompts: list[list[int]] | list[str],
+        max_tokens: int | list[int] = 16,
+        **sampling: Any,
     ) -> list[Run]:
         """Greedy completions of all prompts, in one generate call."""
         from vllm import SamplingParams
@@ -129,7 +132,9 @@ def to_run(output: Any) -> Run:
 
 
 @contextlib.contextmanager
-def engine(model: str | Path, env: dict[str, str] | None = None, **options: Any) -> Iterator[Engine]:
+def engine(
+    model: str | Path, env: dict[str, str] | None = None, **options: Any
+) -> Iterator[Engine]:
     """An engine for the length of a with block, built under extra environment variables."""
     with variables(env or {}):
         made = Engine(model, **options)

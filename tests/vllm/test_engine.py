@@ -177,7 +177,9 @@ def test_a_page_holds_what_the_open_block_held(sealed: Engine) -> None:
                 2, head, data.data_ptr(), data.numel(), k.data_ptr(), v.data_ptr(), k.numel()
             )
             held = layer.impl.open_pool[slot, :, head].float()
-            errors.append([float((x - y).norm() / y.norm()) for x, y in zip((k, v), held)])
+            errors.append(
+                [float((x - y).norm() / y.norm()) for x, y in zip((k, v), held, strict=True)]
+            )
         worst = torch.tensor(errors).amax(0)
         return float(worst[0]), float(worst[1])
 

@@ -185,9 +185,7 @@ def test_layer_numbers() -> None:
 
 
 @pytest.mark.parametrize("value", ["KAKEYA", "kakeya", " Kakeya "])
-def test_the_variable_selects(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
+def test_the_variable_selects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", value)
     assert register.is_selected(configure(tmp_path, attention_backend=None))
 
@@ -223,7 +221,7 @@ def test_an_untested_vllm_is_refused_when_selected(
 ) -> None:
     monkeypatch.setattr(version, "installed", lambda: "0.99.0")
     monkeypatch.delenv(version.OVERRIDE, raising=False)
-    with pytest.raises(version.UnsupportedVllm, match="0.32.x and 0.33.x"):
+    with pytest.raises(version.UnsupportedVllm, match=r"0\.32\.x and 0\.33\.x"):
         configure(tmp_path)
     configure(tmp_path, attention_backend=None)  # whoever did not ask is left alone
     monkeypatch.setenv(version.OVERRIDE, "1")

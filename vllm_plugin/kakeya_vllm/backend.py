@@ -82,9 +82,7 @@ class KakeyaBackend(AttentionBackend):
     @classmethod
     def require(cls, selector_config: Any) -> None:
         """Raise ValueError with vLLM's own reasons if a layer cannot use this backend."""
-        reasons = cls.validate_configuration(
-            device_capability=None, **selector_config._asdict()
-        )
+        reasons = cls.validate_configuration(device_capability=None, **selector_config._asdict())
         if reasons:
             raise ValueError(f"KAKEYA cannot be used for a layer of this model: {reasons}")
 

@@ -45,14 +45,17 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     library = lib.load()
     name = str(dtype).removeprefix("torch.")
     calibrated = settings.calibration or "no (calibration-free recipe)"
+    per_token = "none on this worker"
+    if after:
+        ratio = f"{before / after:.2f}x"
+        per_token = f"{before:.0f} in {name} -> {after:.1f}, all layers ({ratio})"
     return [
         f"KAKEYA {library.version} (libkakeya {library.path}, {library.simd})",
         f"  recipe            {_recipe(runtime)}",
         f"  calibrated        {calibrated}",
         f"  layers            {len(compressed)} compressed: {_layers(compressed)}; "
         f"{len(kept)} stock {name}: {_layers(kept)}",
-        f"  bytes per token   {before:.0f} in {name} -> {after:.1f}, all layers "
-        f"({before / after:.2f}x)" if after else "  bytes per token   none on this worker",
+        f"  bytes per token   {per_token}",
         f"  prefill           {settings.prefill}",
         f"  open blocks       {runtime.open_blocks.num_open} slots, {_gib(pool)} for all layers",
         f"  capacity          {tokens} tokens in {kv_cache_config.num_blocks} blocks of "

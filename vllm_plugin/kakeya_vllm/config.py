@@ -144,9 +144,7 @@ def read_recipe(value: str, source: str = "KAKEYA_RECIPE") -> str:
         raise ConfigError(f"{source}: cannot read the recipe file {value!r}: {error}") from error
 
 
-def resolve(
-    additional: Any, model_config: Any, env: dict[str, str] | None = None
-) -> Settings:
+def resolve(additional: Any, model_config: Any, env: dict[str, str] | None = None) -> Settings:
     """Settings of an engine from ``vllm_config.additional_config`` and the environment.
 
     ``model_config`` is vLLM's. Raises ConfigError; says in ``warnings`` what was assumed.

@@ -6,7 +6,7 @@ and for engines that did not select KAKEYA nothing else does. Applying a patch t
 
 | patch | changes | goes away when |
 |---|---|---|
-| engine_args | EngineArgs.create_engine_config | vLLM reads a variable or profile for the backend again |
+| engine_args | EngineArgs.create_engine_config | vLLM offers a start-up hook for backends |
 | cpu_platform | CpuPlatform.get_attn_backend_cls | the CPU platform honours the selected backend |
 | attention_layer | Attention.__init__ | vLLM selects a backend per layer |
 | worker | Worker.load_model, initialize_from_config, execute_model | see the functions below |

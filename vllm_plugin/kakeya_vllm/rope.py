@@ -58,9 +58,8 @@ def find(model: torch.nn.Module, layer_names: list[str], hf_config: Any) -> Rope
         return None
     without = [name for name, module in found.items() if module is None]
     if without or _skips_rope(hf_config):
-        raise UnsupportedFeature(
-            ["models that rotate only some layers" + (f" ({without[0]} does not)" if without else "")]
-        )
+        example = f" ({without[0]} does not)" if without else ""
+        raise UnsupportedFeature([f"models that rotate only some layers{example}"])
     ropes = {extract(module) for module in distinct.values()}
     if len(ropes) > 1:
         raise UnsupportedFeature(["several different rotary embeddings on compressed layers"])
