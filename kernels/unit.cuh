@@ -14,8 +14,10 @@
 
 #ifdef __CUDACC__
 #define KAKEYA_HD __host__ __device__ __forceinline__
+#define KAKEYA_UNROLL _Pragma("unroll")
 #else
 #define KAKEYA_HD inline
+#define KAKEYA_UNROLL
 #endif
 
 namespace kakeya {

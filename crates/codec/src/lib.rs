@@ -12,6 +12,7 @@
 pub mod attend;
 pub mod calibration;
 pub mod codec;
+pub mod device;
 pub mod error;
 pub mod fast;
 pub mod grid;

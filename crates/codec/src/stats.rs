@@ -35,6 +35,11 @@ impl StatsCoder {
         }
     }
 
+    /// Thresholds between neighbouring scale codes, of mean square over squared deviation.
+    pub fn thresholds(&self) -> &[f32] {
+        &self.thresholds
+    }
+
     /// Code of a channel's scale from its mean square and its calibrated deviation (1 if free).
     #[inline(always)]
     pub fn scale_code(&self, mean_square: f32, sigma: f32) -> u8 {

@@ -2,8 +2,9 @@
 
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
-#include "unit.cuh"
+#include "seal.cuh"
 
 namespace kakeya {
 namespace {
@@ -107,6 +108,25 @@ void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<
   require(symbols.size() == kCodes * kLanes && past.size() == kLanes, "trellis_symbols: sizes");
   require(unit.size() == size_t(unit_bytes(int(width))), "trellis_symbols: unit");
   with_width(width, [&]<int W>() { symbols_width<W>(unit.data(), past.data(), symbols.data()); });
+}
+
+bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uint32_t block_index,
+          rust::Slice<const float> k, rust::Slice<const float> v, rust::Slice<uint8_t> page) {
+  require(tables.size() * 8 >= sizeof(Tables), "seal: tables");
+  const Tables &t = *reinterpret_cast<const Tables *>(tables.data());
+  const size_t d = t.head_dim;
+  require(t.total_bytes <= tables.size() * 8, "seal: tables are shorter than their header says");
+  require(layer < t.num_layers && head < t.num_kv_heads && block_index < t.max_blocks, "seal: layer, head or block");
+  require(k.size() == kBlock * d && v.size() == kBlock * d && page.size() == t.page_bytes, "seal: sizes");
+  std::vector<float> rows(kBlock * d);
+  SealState state;
+  state.rows = rows.data();
+  const SealJob job = {&t, int(layer), int(head), int(block_index), page.data()};
+  return seal_block(
+      job, state, [&](int j, int i) { return k[j * d + i]; }, [&](int j, int i) { return v[j * d + i]; },
+      [](auto phase) {
+        for (int thread = 0; thread < kSealThreads; ++thread) phase(thread);
+      });
 }
 
 }  // namespace kakeya

@@ -13,4 +13,8 @@ void unpack(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint8_t> 
 void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint8_t> past,
                      rust::Slice<uint8_t> symbols);
 
+// Seals a block, the threads of each phase one after the other. False: a value was not finite.
+bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uint32_t block_index,
+          rust::Slice<const float> k, rust::Slice<const float> v, rust::Slice<uint8_t> page);
+
 }  // namespace kakeya

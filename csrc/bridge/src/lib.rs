@@ -11,7 +11,18 @@ mod ffi {
         fn unpack(width: usize, unit: &[u8], codes: &mut [u8]) -> Result<()>;
         /// Symbols `[16][32]` of a trellis unit; `past` `[32]` carries the chains from unit to unit.
         fn trellis_symbols(width: usize, unit: &[u8], past: &mut [u8], symbols: &mut [u8]) -> Result<()>;
+        /// Seals a block from rows `[128][head_dim]` with the tables of `kakeya_codec::device::tables` (as words, for their
+        /// alignment). `false`: a value was not finite, the page means nothing.
+        fn seal(
+            tables: &[u64],
+            layer: u32,
+            head: u32,
+            block_index: u32,
+            k: &[f32],
+            v: &[f32],
+            page: &mut [u8],
+        ) -> Result<bool>;
     }
 }
 
-pub use ffi::{pack, trellis_symbols, unpack};
+pub use ffi::{pack, seal, trellis_symbols, unpack};
