@@ -10,7 +10,14 @@ fn words(bytes: &[u8]) -> Vec<u64> {
     bytes.chunks(8).map(|c| u64::from_le_bytes(std::array::from_fn(|i| *c.get(i).unwrap_or(&0)))).collect()
 }
 
-fn check(c: &Codec, t: &[u64], what: &str, (layer, head, block): (usize, usize, usize), k: &[f32], v: &[f32]) {
+fn check(
+    c: &Codec,
+    t: &[u64],
+    what: &str,
+    (layer, head, block): (usize, usize, usize),
+    k: &[f32],
+    v: &[f32],
+) {
     let d = c.shape().head_dim;
     let (mut ours, mut theirs) = (vec![0x11; c.page_bytes()], vec![0x22; c.page_bytes()]);
     c.seal(layer, head, block, Rows::dense(k, d), Rows::dense(v, d), &mut ours).unwrap();
