@@ -15,6 +15,7 @@ for _name in [n for n in os.environ if n.startswith("KAKEYA_")]:
     if _name != "KAKEYA_LIBRARY" and not _name.startswith("KAKEYA_TEST_"):
         del os.environ[_name]
 os.environ.pop("VLLM_ATTENTION_BACKEND", None)
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would win over kv_cache_memory_bytes
 
 import engines  # noqa: E402
 

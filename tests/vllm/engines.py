@@ -23,7 +23,6 @@ BLOCK = 128
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
@@ -104,8 +103,10 @@ class Engine:
         return self.runtime.open_blocks
 
     @property
-    def num_blocks(self) -> int:
-        return self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    def capacity(self) -> int:
+        """Tokens that the KV cache holds, by vLLM's own block count."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size
 
     def counter(self, name: str) -> int:
         """Value of one of vLLM's own counters, e.g. vllm:num_preemptions."""

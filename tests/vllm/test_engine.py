@@ -222,26 +222,27 @@ def test_forced_preemption_loses_nothing(tiny: Path, sealed: Engine) -> None:
 
 
 def test_capacity_grows_by_the_ratio(tiny: Path) -> None:
-    """vLLM's own number of blocks in the same bytes, bf16 against compressed, and mixed."""
+    """vLLM's own token count for the same bytes: bf16, compressed, and mixed."""
     options = {"skip_tokenizer_init": True, "dtype": "bfloat16"}
+    full = 2 * 128 * 2 * BLOCK  # bytes of K and V of one KV head over a block in bf16
     with engine(tiny, attention_backend=None, **options) as stock:
-        before = stock.num_blocks
+        before = stock.capacity
+    assert before == engines.KV_BYTES // (4 * 2 * full) * BLOCK
+
     with engine(tiny, **options) as made:
-        after = made.num_blocks
+        after = made.capacity
         page = made.runtime.codec.page_bytes(0)
         lines = made.worker(banner)
-    full = 2 * 128 * 2 * BLOCK  # K and V of one KV head and block in bf16
-    assert before == engines.KV_BYTES // (4 * 2 * full)
-    assert after == engines.KV_BYTES // (4 * 2 * page)
+    assert after == engines.KV_BYTES // (4 * 2 * page) * BLOCK
     assert after / before == pytest.approx(full / page, rel=1e-3)
     assert after / before > 4.59
-    assert f"capacity          {after * BLOCK} tokens" in lines
+    assert f"capacity          {after} tokens" in lines
     assert "4 compressed: 0-3; 0 stock bfloat16: none" in lines
     assert f"4096 in bfloat16 -> {4 * 2 * page / BLOCK:.1f}, all layers" in lines
     assert "no (calibration-free recipe)" in lines
 
     with engine(tiny, {"KAKEYA_BOUNDARY_SKIP_LAYERS": "0, 3"}, **options) as mixed:
-        assert mixed.num_blocks == engines.KV_BYTES // (2 * 2 * (full + page))
+        assert mixed.capacity == engines.KV_BYTES // (2 * 2 * (full + page)) * BLOCK
         assert "2 compressed: 1-2; 2 stock bfloat16: 0, 3" in mixed.worker(banner)
 
 

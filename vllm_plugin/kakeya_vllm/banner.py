@@ -41,7 +41,10 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     compressed = [layer_index(name) for name in runtime.layers]
     kept = [layer_index(name) for name in specs if name not in runtime.layers]
     pool = sum(layer.impl.open_pool.nbytes for layer in runtime.layers.values())
-    tokens = kv_cache_config.num_blocks * lib.BLOCK_TOKENS
+    slots = runtime.open_blocks.num_open if runtime.open_blocks else 0
+    groups = kv_cache_config.kv_cache_groups
+    block_size = groups[0].kv_cache_spec.block_size if groups else lib.BLOCK_TOKENS
+    tokens = kv_cache_config.num_blocks * block_size
     library = lib.load()
     name = str(dtype).removeprefix("torch.")
     calibrated = settings.calibration or "no (calibration-free recipe)"
@@ -57,9 +60,9 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
         f"{len(kept)} stock {name}: {_layers(kept)}",
         f"  bytes per token   {per_token}",
         f"  prefill           {settings.prefill}",
-        f"  open blocks       {runtime.open_blocks.num_open} slots, {_gib(pool)} for all layers",
+        f"  open blocks       {slots} slots, {_gib(pool)} for all layers",
         f"  capacity          {tokens} tokens in {kv_cache_config.num_blocks} blocks of "
-        f"{lib.BLOCK_TOKENS}",
+        f"{block_size}",
     ]
 
 

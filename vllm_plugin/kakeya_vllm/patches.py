@@ -224,7 +224,7 @@ def worker(module: ModuleType) -> None:
         def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             runtime = getattr(self, "_kakeya", None)
             if runtime is not None:
-                runtime.open_blocks.update(scheduler_output)
+                runtime.before_step(scheduler_output)
             return original(self, scheduler_output, *args, **kwargs)
 
         return execute_model

@@ -15,7 +15,10 @@ from kakeya_vllm.open_blocks import OpenBlocks, lookback_tokens, pool_size
 
 
 class Runtime:
-    """What the layers of one worker share. ``open_blocks`` exists once :meth:`bind` was called."""
+    """What the layers of one worker share.
+
+    ``open_blocks`` exists once :meth:`bind` was called, unless no layer here is compressed.
+    """
 
     def __init__(self, vllm_config: Any, settings: Settings, layers: dict[str, Any], codec: Any):
         self.vllm_config = vllm_config
@@ -54,11 +57,21 @@ class Runtime:
 
     def bind(self, kv_cache_config: Any) -> None:
         """Take the KV cache's size; called before vLLM allocates it and builds metadata."""
+        if self.layers:
+            self._make_open_blocks(kv_cache_config)
+        banner.log(self, kv_cache_config)
+
+    def before_step(self, scheduler_output: Any) -> None:
+        """Follow the requests of one SchedulerOutput, before the model runs it."""
+        if self.open_blocks is not None:
+            self.open_blocks.update(scheduler_output)
+
+    def _make_open_blocks(self, kv_cache_config: Any) -> None:
         groups = kv_cache_config.kv_cache_groups
         if len(groups) > 1:
             names = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
             raise support.UnsupportedFeature([f"{len(groups)} kinds of KV cache ({names})"])
-        block_size = groups[0].kv_cache_spec.block_size if groups else lib.BLOCK_TOKENS
+        block_size = groups[0].kv_cache_spec.block_size
         if block_size != lib.BLOCK_TOKENS:
             raise support.UnsupportedFeature(
                 [f"block size {block_size} (valid: {lib.BLOCK_TOKENS}, the codec's block)"]
@@ -68,7 +81,6 @@ class Runtime:
             pool_size(self.vllm_config),
             lookback=lookback_tokens(self.vllm_config),
         )
-        banner.log(self, kv_cache_config)
 
 
 def _model_shape(vllm_config: Any) -> dict[str, Any]:
