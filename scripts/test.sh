@@ -17,7 +17,7 @@ part() {
     durations+=("$(printf '%6d s  %s' $((SECONDS - start)) "$name")")
 }
 
-c_sources() { find csrc kernels tests/capi \( -name '*.[ch]' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -not -name kakeya.h | sort; }
+c_sources() { find csrc kernels tests/capi tests/gpu \( -name '*.[ch]' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -not -name kakeya.h | sort; }
 
 clang_format() { c_sources | xargs "$VENV/bin/clang-format" --dry-run --Werror; }
 
