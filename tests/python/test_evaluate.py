@@ -70,11 +70,19 @@ def test_report_names_every_figure():
         {
             "quality": quality,
             "reference": {"cache": cache, "dtype": "bfloat16"},
-            "kakeya": {"cache": small, "dtype": "bfloat16"},
+            "kakeya": {"cache": small, "codec": {"name": "kakeya-4.6x", "calibrated": True}},
             "capacity_ratio": 214784 / 46592,
         }
     )
-    for part in ("bf16", "23,040.0", "4.61x", "214,784", "delta ppl", "top-1", "mean KL"):
+    for part in (
+        "recipe kakeya-4.6x (calibrated) against bf16",
+        "23,040.0",
+        "4.61x",
+        "214,784",
+        "delta ppl",
+        "top-1",
+        "mean KL",
+    ):
         assert part in text
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from kakeya_vllm import __version__
-from kakeya_vllm.engine import CHUNK
+from kakeya_vllm.engine import CHUNK, prepare_environment
 
 CALIBRATION_TOKENS = 8 * CHUNK
 PASSAGES = 16
@@ -65,12 +65,19 @@ def build_parser() -> argparse.ArgumentParser:
         default=PASSAGES,
         help="how many passages (default %(default)s)",
     )
+    e.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the model in both engines; float32 shows the codec without bf16 noise",
+    )
     e.add_argument("--json", help="also write the figures to this file")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    prepare_environment()
     if args.command == "calibrate":
         from kakeya_vllm.calibrate import calibrate
 

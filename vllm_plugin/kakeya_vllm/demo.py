@@ -1,7 +1,7 @@
 """The demonstration behind `make demo`: a real model answers through compressed pages.
 
 1. calibrates the model if its artefact is missing (`kakeya calibrate`);
-2. continues two prompts, printed token by token, with VLLM_ATTENTION_BACKEND=KAKEYA;
+2. answers two prompts, printed token by token, with VLLM_ATTENTION_BACKEND=KAKEYA;
 3. evaluates against the uncompressed cache (`kakeya eval`) and prints capacity, quality, seconds;
 4. writes the same figures to a JSON file.
 
@@ -22,9 +22,9 @@ from typing import Any
 from kakeya_vllm import cli, engine
 from kakeya_vllm.evaluate import evaluate, report, write_json
 
-# The second one is long enough to fill blocks of 128 tokens, so that its continuation reads pages.
+# The second one fills two blocks of 128 tokens, so its answer is drawn from compressed pages.
 PROMPTS = (
-    "The history of the lighthouse begins in antiquity. The most famous of them all,",
+    "What is the water cycle?",
     """\
 Tides are the rise and fall of sea levels caused by the combined effects of the gravitational \
 forces exerted by the Moon and the Sun, and by the rotation of the Earth. They were described by \
@@ -41,9 +41,11 @@ while the shore of an island in the middle of the ocean may see less than one.
 
 People have used the tides for centuries. Mills stood at the mouths of rivers and turned their \
 wheels with water that had been held back at high tide. Harbours open their gates by the clock \
-of the Moon. Today engineers build""",
+of the Moon.
+
+Summarise this text in three sentences.""",
 )
-NEW_TOKENS = 120
+NEW_TOKENS = 160
 
 
 def stream(model: str) -> dict[str, Any]:
@@ -62,18 +64,16 @@ def stream(model: str) -> dict[str, Any]:
     parameters = SamplingParams(
         temperature=0.0,
         max_tokens=NEW_TOKENS,
-        # A small greedy model repeats itself; this is the usual remedy.
-        repetition_penalty=1.15,
         output_kind=RequestOutputKind.DELTA,
     )
     results = []
-    for number, prompt in enumerate(PROMPTS):
-        prompt_tokens = len(tokenizer(prompt)["input_ids"])
-        print(
-            f"\n--- prompt {number + 1}: {prompt_tokens} tokens\n{prompt}\n--- continuation", end=""
-        )
+    for number, prompt in enumerate(PROMPTS, 1):
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        prompt_tokens = len(tokenizer(text)["input_ids"])
+        print(f"\n--- prompt {number}, {prompt_tokens} tokens\n{prompt}\n--- answer", flush=True)
         started, pieces = time.monotonic(), []
-        llm.llm_engine.add_request(str(number), prompt, parameters)
+        llm.llm_engine.add_request(str(number), text, parameters)
         while llm.llm_engine.has_unfinished_requests():
             for output in llm.llm_engine.step():
                 pieces.append(output.outputs[0].text)
@@ -84,7 +84,7 @@ def stream(model: str) -> dict[str, Any]:
             {
                 "prompt": prompt,
                 "prompt_tokens": prompt_tokens,
-                "continuation": "".join(pieces),
+                "answer": "".join(pieces),
                 "seconds": seconds,
             }
         )
@@ -118,13 +118,13 @@ def heading(text: str) -> None:
 def demo(model: str, data: Path, passages: int, out: Path) -> None:
     started, seconds = time.monotonic(), {}
     artefact = calibration_artefact(model)
-    calibrate = ["kakeya_vllm.cli", "calibrate", model]
-    calibrate += ["--text", str(data / "wikitext2-valid-tokenised.txt"), "--out", str(artefact)]
+    calibrate = ["calibrate", model, "--text", str(data / "wikitext2-valid-tokenised.txt")]
+    test_text = str(data / "wikitext2-test.txt")
     if artefact.is_file():
         heading(f"calibration: {artefact.name} is there")
     else:
         heading("calibration: measuring the model once (validation text)")
-        seconds["calibrate"] = run_child(calibrate)
+        seconds["calibrate"] = run_child(["kakeya_vllm.cli", *calibrate])
 
     heading("text through compressed pages (VLLM_ATTENTION_BACKEND=KAKEYA)")
     partial = out.with_name(f".{out.name}.stream")
@@ -137,7 +137,7 @@ def demo(model: str, data: Path, passages: int, out: Path) -> None:
 
     heading(f"quality and capacity: {passages} passages of WikiText-2 (test), bf16 then KAKEYA")
     before = time.monotonic()
-    result = evaluate(model, str(data / "wikitext2-test.txt"), passages)
+    result = evaluate(model, test_text, passages)
     seconds["evaluate"] = time.monotonic() - before
     seconds["total"] = time.monotonic() - started
     result = {
@@ -146,11 +146,8 @@ def demo(model: str, data: Path, passages: int, out: Path) -> None:
         "seconds": seconds,
         "commands": {
             "all": "make demo",
-            "calibrate": "kakeya "
-            + " ".join([*calibrate[1:2], Path(model).name, *calibrate[3:4]])
-            + f" data/{Path(calibrate[4]).name}",
-            "evaluate": f"kakeya eval --model {Path(model).name} --text data/wikitext2-test.txt "
-            f"--passages {passages}",
+            "calibrate": " ".join(["kakeya", *calibrate]),
+            "evaluate": f"kakeya eval --model {model} --text {test_text} --passages {passages}",
         },
     }
     write_json(out, result)
@@ -169,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     # Of the process that owns the engine of step 2.
     parser.add_argument("--stream-to", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    engine.prepare_environment()
     if args.stream_to:
         write_json(args.stream_to, stream(args.model))
     elif args.data is None:

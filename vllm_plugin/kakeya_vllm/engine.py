@@ -16,12 +16,16 @@ CHUNK = 2048
 
 
 def prepare_environment() -> None:
-    """Environment of an in-process engine. Call before the first import of vllm."""
+    """Environment of an in-process engine. Call before the first import of torch or vllm."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # On the CPU vLLM would otherwise claim a share of all memory, and refuses to start where less
     # than that is free.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # torch, vLLM's operators and libkakeya each have their own threads. OpenMP threads that wait by
+    # spinning take the cores from the others: tokens then come several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
     # vLLM configures logging when it is imported.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 

@@ -41,6 +41,13 @@ SCORED = 64
 PASSAGE = engine.CHUNK + SCORED + 1
 BOOTSTRAP_SAMPLES = 10_000
 KAKEYA_BACKEND = "KAKEYA"
+# Variables that change figures; others hold paths of this machine.
+RECORDED_VARIABLES = {
+    "KAKEYA_BOUNDARY_SKIP_LAYERS",
+    "KAKEYA_PREFILL",
+    "KAKEYA_RECIPE",
+    "VLLM_CPU_KVCACHE_SPACE",
+}
 
 
 class Steps:
@@ -75,12 +82,15 @@ class Steps:
             return logits.float().log_softmax(-1).cpu().numpy()
 
 
-def run_configuration(model: str, passages: list[list[int]], backend: str | None, out: str) -> dict:
+def run_configuration(
+    model: str, passages: list[list[int]], backend: str | None, dtype: str, out: str
+) -> dict[str, Any]:
     """Log-probabilities of all passages into the .npy file `out`; returns figures of the engine."""
     from tqdm import tqdm
 
     started = time.monotonic()
-    llm = engine.in_process_engine(model, backend, hf_overrides={"head_dtype": "float32"})
+    overrides = {"head_dtype": "float32"}
+    llm = engine.in_process_engine(model, backend, dtype=dtype, hf_overrides=overrides)
     steps = engine.on_model(llm, Steps)
     loaded = time.monotonic()
     label = backend.lower() if backend else "reference"
@@ -94,9 +104,23 @@ def run_configuration(model: str, passages: list[list[int]], backend: str | None
     rows.flush()
     return {
         "cache": engine.cache_figures(llm),
+        "codec": codec_figures(llm) if backend == KAKEYA_BACKEND else None,
         "dtype": str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
         "load_seconds": loaded - started,
         "run_seconds": time.monotonic() - loaded,
+    }
+
+
+def codec_figures(llm) -> dict[str, Any]:
+    """Which recipe and tables a KAKEYA engine ran with."""
+    (runtime,) = llm.collective_rpc(lambda worker: worker._kakeya)
+    about = runtime.codec.describe() if runtime.codec else {}
+    return {
+        **{name: about.get(name) for name in ("name", "ratio", "quantizer", "fingerprint")},
+        "calibrated": runtime.settings.calibration is not None,
+        "prefill": runtime.settings.prefill,
+        "compressed_layers": len(runtime.layers),
+        "boundary_skip_layers": list(runtime.settings.boundary_skip_layers),
     }
 
 
@@ -172,13 +196,15 @@ def versions() -> dict[str, str]:
 
 
 def evaluate(
-    model: str, text_path: str, passages: int, recipe: str | None = None
+    model: str, text_path: str, passages: int, recipe: str | None = None, dtype: str = "bfloat16"
 ) -> dict[str, Any]:
     """Compare KAKEYA with the stock cache on the first `passages` passages of a text.
 
     Returns a dictionary ready for JSON: `quality` (see `compare`), `reference` and `kakeya` (what
     each engine allocated and took), `capacity_ratio`, `settings`, `versions`. `recipe` None leaves
-    the choice to KAKEYA_RECIPE and the plugin.
+    the choice to KAKEYA_RECIPE and the plugin. `dtype` is that of the model in both engines: with
+    float32 the noise of bf16 arithmetic, which differs between two attention implementations, is
+    gone and what remains is the codec.
     """
     tokens = tokenise(model, read_text(text_path))
     chosen = consecutive_passages(tokens, PASSAGE, passages)
@@ -189,6 +215,7 @@ def evaluate(
         for name, backend in (("reference", None), ("kakeya", KAKEYA_BACKEND)):
             out = str(Path(directory, f"{name}.npy"))
             spec = {"model": model, "passages": chosen, "backend": backend, "out": out}
+            spec["dtype"] = dtype
             runs[name] = run_in_child(spec, environment)
             rows[name] = np.load(out, mmap_mode="r")
         quality = compare(rows["reference"], rows["kakeya"], targets)
@@ -209,7 +236,7 @@ def evaluate(
             "environment": {
                 k: v
                 for k, v in sorted((os.environ | environment).items())
-                if k.startswith("KAKEYA_") or k == "VLLM_CPU_KVCACHE_SPACE"
+                if k in RECORDED_VARIABLES
             },
         },
         "versions": versions(),
@@ -244,6 +271,7 @@ def report(result: dict[str, Any]) -> str:
         ),
     ]
     table = [f"{a:<34}{b:>14}{c:>14}{d:>9}" for a, b, c, d in lines]
+    codec = result["kakeya"]["codec"]
     count = f"{q['passages']} passages, {q['predictions']} predictions"
     figures = [
         ("perplexity", f"{q['ppl_reference']:.3f} -> {q['ppl']:.3f}"),
@@ -253,7 +281,9 @@ def report(result: dict[str, Any]) -> str:
         ("median / 99.9 % KL", f"{q['kl_median']:.5f} / {q['kl_99.9']:.5f}"),
     ]
     quality = [f"{name:<34}{value}" for name, value in figures]
-    return "\n".join([*table, "", f"against {dtype} on {count}; 95 % intervals", *quality])
+    source = "calibrated" if codec["calibrated"] else "calibration-free"
+    title = f"recipe {codec['name']} ({source}) against {dtype} on {count}; 95 % intervals"
+    return "\n".join([*table, "", title, *quality])
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -262,7 +292,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def evaluate_command(args: argparse.Namespace) -> None:
     """`kakeya eval`."""
-    result = evaluate(args.model, args.text, args.passages, args.recipe)
+    result = evaluate(args.model, args.text, args.passages, args.recipe, args.dtype)
     print(report(result))
     if args.json:
         write_json(args.json, result)
@@ -271,6 +301,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
 def child(argv: list[str]) -> int:
     """Entry of the processes that `run_in_child` starts."""
     request, answer = argv
+    engine.prepare_environment()
     spec = json.loads(Path(request).read_text())
     write_json(answer, run_configuration(**spec))
     return 0
