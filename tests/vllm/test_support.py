@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engines
 import pytest
 from kakeya_vllm import register, support, version
+from kakeya_vllm.config import ConfigError
 from kakeya_vllm.support import UnsupportedFeature
 
 QWEN2 = {
@@ -68,25 +70,10 @@ def test_options_refused_by_name(tmp_path: Path, options: dict[str, Any], featur
     assert feature in str(error.value)
 
 
-WINDOW = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "sliding_window": 1024,
-}
-GEMMA3 = {
-    "architectures": ["Gemma3ForCausalLM"],
-    "model_type": "gemma3_text",
-    "sliding_window": 512,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "head_dim": 64,
-}
-GEMMA2 = {
-    "architectures": ["Gemma2ForCausalLM"],
-    "model_type": "gemma2",
-    "head_dim": 64,
-    "attn_logit_softcapping": 50.0,
-    "layer_types": ["full_attention", "full_attention"],
-}
+# Of one architecture where that is possible: vLLM takes long to look at a new one.
+WINDOW = {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 0}
+MIXED = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
+SOFT_CAP = {"attn_logit_softcapping": 50.0}
 DEEPSEEK = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -104,8 +91,8 @@ DEEPSEEK = {
     ("model", "feature"),
     [
         (WINDOW, "sliding-window attention"),
-        (GEMMA3, "mix full and sliding-window layers"),
-        (GEMMA2, "logits soft cap"),
+        (MIXED, "mix full and sliding-window layers"),
+        (SOFT_CAP, "logits soft cap"),
         (DEEPSEEK, "MLA"),
     ],
 )
@@ -179,6 +166,52 @@ def test_layer_numbers() -> None:
     assert support.layer_index("model.layers.12.self_attn.attn") == 12
     assert support.layer_index("attn") is None
     assert support.layer_index("encoder.0.layers.1.attn") is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        (
+            "KAKEYA_BOUNDARY_SKIP_LAYERS",
+            "0, 2",
+            "the model has 2 layers; valid: numbers from 0 to 1",
+        ),
+        ("KAKEYA_BOUNDARY_SKIP_LAYERS", "first", "'first' is not a layer number"),
+        ("KAKEYA_PREFILL", "half", "valid: raw or sealed"),
+        ("KAKEYA_RECIPE", "kakeya-3.0x", "kakeya-free-4.6x"),
+        ("KAKEYA_RECIPE", "kakeya-4.6x", "kakeya calibrate"),
+    ],
+)
+def test_malformed_settings_stop_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, reason: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as error:
+        configure(tmp_path)
+    assert reason in str(error.value)
+    assert not register.is_selected(configure(tmp_path, attention_backend=None))
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "ranks", "first"),
+    [(8, 1, [0]), (8, 4, [0, 2, 4, 6]), (3, 3, [0, 1, 2]), (2, 4, [0, 0, 1, 1]), (1, 2, [0, 0])],
+)
+def test_first_kv_head_of_each_rank(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, ranks: int, first: list[int]
+) -> None:
+    """vLLM gives neighbouring ranks the same head when there are more ranks than heads."""
+    import vllm.distributed
+    from kakeya_vllm import runtime
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: kv_heads),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+    )
+    found = []
+    for rank in range(ranks):
+        monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda r=rank: r)
+        found.append(runtime._first_kv_head(config))
+    assert found == first
 
 
 # --- selection ------------------------------------------------------------------------------
