@@ -21,7 +21,7 @@ QWEN2 = {
     "hidden_size": 128,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
-    "num_attention_heads": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
     "vocab_size": 128,
@@ -53,6 +53,7 @@ def test_a_plain_model_is_accepted_and_settings_travel(tmp_path: Path) -> None:
         ({"block_size": 256}, "block size 256 (valid: 128"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8 (valid: auto or bfloat16"),
         ({"prefix_match_unit": 32}, "prefix_match_unit 32"),
+        ({"tensor_parallel_size": 4}, "4 tensor-parallel ranks for 2 KV heads"),
         (
             {
                 "kv_transfer_config": {

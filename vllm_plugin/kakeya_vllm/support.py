@@ -41,6 +41,7 @@ def check_config(vllm_config: Any) -> None:
         *_model_features(vllm_config.model_config),
         *_cache_features(vllm_config),
         *_parallel_features(vllm_config.parallel_config),
+        *_replicated_heads(vllm_config),
         *_speculative_features(vllm_config),
     ]
     if features:
@@ -129,6 +130,16 @@ def _parallel_features(parallel: Any) -> list[str]:
     if parallel.use_ubatching:
         found.append("micro-batching (enable_dbo, ubatch_size)")
     return found
+
+
+def _replicated_heads(vllm_config: Any) -> list[str]:
+    # kakeya_attend wants all query heads of a KV head in one call; a rank that shares its KV head
+    # with another rank has only some of them.
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    heads = vllm_config.model_config.get_total_num_kv_heads()
+    if ranks > heads:
+        return [f"{ranks} tensor-parallel ranks for {heads} KV heads (valid: up to {heads})"]
+    return []
 
 
 def _speculative_features(vllm_config: Any) -> list[str]:
