@@ -23,6 +23,14 @@ try:
     import ensurepip, venv
 except ImportError as e:
     sys.exit(f"{e.name} is missing. On Debian: apt-get install python3-venv")
+import pathlib, sysconfig
+if not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file():
+    # Set-up, demo and tests run eagerly and do without; vLLM's default on the CPU compiles C++ at start.
+    print(
+        "warning: Python.h is missing, so `vllm serve` will only start with --enforce-eager. "
+        "On Debian: apt-get install python3-dev",
+        file=sys.stderr,
+    )
 PY
     command -v cargo >/dev/null || die "cargo not found: a Rust toolchain is needed (1.90 or newer)"
     command -v cc >/dev/null && command -v c++ >/dev/null ||

@@ -55,7 +55,8 @@ if [[ ${1:-} != lint ]]; then
     # The Rust tests compare the header too; this says what changed.
     part "C header" scripts/header.sh
     part "ctest" capi_tests
-    part "pytest" "$PY" -m pytest tests/python tests/vllm
+    part "pytest, tools" "$PY" -m pytest tests/python
+    part "pytest, vLLM engines" "$PY" -m pytest tests/vllm
 fi
 
 say "all parts passed in $((SECONDS - started)) s"
