@@ -28,18 +28,21 @@ _TOKENISED_MARKS = (" @-@ ", " @,@ ", " @.@ ", "<unk>")
 _RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r" ?<unk>", ""),  # a word that was cut from the vocabulary: nothing to restore
-        (r" @([-,.])@ ", r"\1"),
+        (r" ?@([-,.])@ ?", r"\1"),
         (r"(?<==) (?==)", ""),  # headings: "= = Title = =" -> "== Title =="
         (r"(?<=\d) – (?=\d)", "–"),  # ranges of numbers
-        (r" ('(?:s|t|m|d|ve|re|ll))\b", r"\1"),
         (r"(?<=s) '(?= )", "'"),  # plural possessive: "Linnaeus ' concept"
         (r"(?<= )' (?=\w)", "'"),  # elision or opening quote: "' 70s"
+        (r" ('(?:s|t|m|d|ve|re|ll))\b", r"\1"),
         (r" ([,.;:?!%°′″’”)\]]|\.\.\.+)(?=[\s,.;:?!%°′″’”)\]\"'—–-]|$)", r"\1"),
         (r"(?<=[(\[$£₤“‘]) ", ""),
         (r" / ", "/"),
     )
 ]
+# Words that were cut from the vocabulary cannot be restored; they go, with the compounds, brackets
+# and quotes that would hold nothing else.
+_COMPOUND = r"(?:\S+ @[-,.]@ )*<unk>(?: @[-,.]@ \S+)*"
+_CUT = re.compile(rf' ?(?:\( {_COMPOUND} \)|" {_COMPOUND} "|{_COMPOUND})')
 _QUOTE = re.compile(r' ?" ?')
 
 
@@ -62,7 +65,7 @@ def detokenise(text: str) -> str:
         return "\n".join(line.strip() for line in text.split("\n"))
     lines = []
     for line in text.split("\n"):
-        line = _attach_quotes(line.strip())
+        line = _attach_quotes(_CUT.sub("", line.strip()))
         for pattern, replacement in _RULES:
             line = pattern.sub(replacement, line)
         lines.append(re.sub(r" {2,}", " ", line).strip())
