@@ -9,8 +9,6 @@ PY=$VENV/bin/python
 export KAKEYA_CACHE=${KAKEYA_CACHE:-$CACHE/kakeya}
 # The model is local; vLLM must not ask a hub for it, nor report usage.
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
-# GiB of KV cache on the CPU. Unset, vLLM sizes it by the machine's memory and refuses to start where little is free.
-export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 # Threads that wait by spinning would take the cores from other thread pools (kakeya_vllm/engine.py).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} KMP_BLOCKTIME=${KMP_BLOCKTIME:-0}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
