@@ -307,7 +307,13 @@ KAKEYA_HD void seal_normalise(const SealJob &job, SealState &s, int thread) {
   for (int e = thread; e < kBlock * d; e += kSealThreads) s.rows[e] *= s.inverse[e % d];
 }
 
-// Exact slots of one stream: one thread a slot.
+// Byte of a slot, inside its unit, that holds a channel: a lane's bytes lie together, in the order of its codes.
+KAKEYA_HD int slot_byte(bool is_k, int channels, int channel) {
+  const int c = channel / 8, classes = channels / 8;
+  return is_k ? 2 * classes * (channel % 8 / 2) + 2 * c + channel % 2 : classes * (channel % 8) + c;
+}
+
+// Exact slots of one stream, after its codes: one thread a slot.
 KAKEYA_HD void seal_slots(const SealJob &job, SealState &s, int thread, bool is_k) {
   const Tables &t = *job.tables;
   const HeadView h = head_view(t, job.layer, job.head);
@@ -325,16 +331,16 @@ KAKEYA_HD void seal_slots(const SealJob &job, SealState &s, int thread, bool is_
   want = want > 65504.0f ? 65504.0f : want;
   const uint16_t bits = half_bits(want);
   const float scale = half_value(bits);
-  uint8_t *slot = job.page + l.slots_offset + thread * (4 + 2 * d);
-  store_u16(slot + (is_k ? 0 : 2), bits);
-  uint8_t *codes = slot + 4 + (is_k ? 0 : d);
+  const int n = int(l.num_slots), channels = int(t.unit_channels);
+  store_u16(job.page + l.slots_offset + 2 * n * d + 4 * thread + (is_k ? 0 : 2), bits);
+  uint8_t *codes = job.page + l.slots_offset + ((is_k ? 0 : n) + thread) * d;
   for (int p = 0; p < d; ++p) {
     float q = 0.0f;
     if (scale > 0.0f) {
       q = round_even(row[v.order[p]] / scale);
       q = q < -127.0f ? -127.0f : q > 127.0f ? 127.0f : q;
     }
-    codes[p] = uint8_t(int8_t(q));
+    codes[p / channels * channels + slot_byte(is_k, channels, p % channels)] = uint8_t(int8_t(q));
   }
 }
 
@@ -400,7 +406,8 @@ KAKEYA_HD void store_codes(int width, uint8_t *unit, int lane, F value) {
   }
 }
 
-// Codes of one stream: one thread a chain (token group, lane).
+// Codes of one stream: one thread a chain (token group, lane). Exact tokens are coded as zeros; the points of these
+// codes come off their rows, so that slots can be added to the codes.
 KAKEYA_HD void seal_codes(const SealJob &job, SealState &s, int thread, bool is_k) {
   const Tables &t = *job.tables;
   const HeadView hv = head_view(t, job.layer, job.head);
@@ -415,18 +422,31 @@ KAKEYA_HD void seal_codes(const SealJob &job, SealState &s, int thread, bool is_
   for (int chain = thread; chain < groups * kLanes; chain += kSealThreads) {
     const int group = chain / kLanes, lane = chain % kLanes;
     uint8_t *out = job.page + start + 64 * group * bits;
-    auto input = [&](int u, int n) {
+    auto where = [&](int u, int n, int &j) {
       int channel, token;
       place(is_k, channels, lane, n, channel, token);
-      const int j = group * tokens + token;
-      return s.exact[j] ? 0.0f : s.rows[j * d + v.order[u * channels + channel]];
+      j = group * tokens + token;
+      return s.rows + j * d + v.order[u * channels + channel];
+    };
+    auto input = [&](int u, int n) {
+      int j;
+      const float *x = where(u, n, j);
+      return s.exact[j] ? 0.0f : *x;
+    };
+    auto coded = [&](int u, int n, const GridParams &g, uint32_t symbol) {
+      int j;
+      float *x = where(u, n, j);
+      if (s.exact[j]) *x -= grid_point(g, symbol);
     };
     if (!t.trellis) {
       for (int u = 0; u < units; ++u) {
         const int w = v.widths[u];
         if (w == 0) continue;
-        store_codes(w, out, lane,
-                    [&](int n) { return below(thresholds + w * kMaxThresholds, grids[w].per_subset, input(u, n)); });
+        store_codes(w, out, lane, [&](int n) {
+          const uint32_t m = below(thresholds + w * kMaxThresholds, grids[w].per_subset, input(u, n));
+          coded(u, n, grids[w], m);
+          return m;
+        });
         out += unit_bytes(w);
       }
       continue;
@@ -470,19 +490,21 @@ KAKEYA_HD void seal_codes(const SealJob &job, SealState &s, int thread, bool is_
     float best = cost[0];
     for (int st = 1; st < 8; ++st)
       if (cost[st] < best) best = cost[st], state = st;
-    // Back through the chain: a step's history becomes its (path bit, refinement << 1).
+    // Back through the chain: a step's history becomes its (path bit, refinement << 1, subset << 6).
     for (int i = steps - 1; i >= 0; --i) {
       const uint32_t h = history[i];
       const int u = state & 1, from = (state >> 1) | int(h >> state & 1u) << 2;
-      history[i] = uint32_t(u) | (h >> (8 + kIndexBits * trellis_subset(from, u)) & 31u) << 1;
+      const int subset = trellis_subset(from, u);
+      history[i] = uint32_t(u) | (h >> (8 + kIndexBits * subset) & 31u) << 1 | uint32_t(subset) << 6;
       state = from;
     }
     const uint32_t *step = history;
     for (int u = 0; u < units; ++u) {
       const int w = v.widths[u];
       if (w == 0) continue;
+      for (int n = 0; n < kCodes; ++n) coded(u, n, grids[w], (step[n] >> 1 & 31u) << 2 | step[n] >> 6);
       store_codes<1>(out, lane, [&](int n) { return step[n] & 1u; });
-      if (w > 1) store_codes(w - 1, out + unit_bytes(1), lane, [&](int n) { return step[n] >> 1; });
+      if (w > 1) store_codes(w - 1, out + unit_bytes(1), lane, [&](int n) { return step[n] >> 1 & 31u; });
       out += unit_bytes(w);
       step += kCodes;
     }
@@ -550,8 +572,8 @@ KAKEYA_HD bool seal_block(const SealJob &job, SealState &s, LoadK load_k, LoadV 
     run([&](int t) { seal_residual(job, s, t, is_k); });
     run([&](int t) { seal_scales(job, s, t, is_k); });
     run([&](int t) { seal_normalise(job, s, t); });
-    run([&](int t) { seal_slots(job, s, t, is_k); });
     run([&](int t) { seal_codes(job, s, t, is_k); });
+    run([&](int t) { seal_slots(job, s, t, is_k); });
   }
   run([&](int t) { seal_finish(job, s, t); });
   return true;

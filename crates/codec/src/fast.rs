@@ -16,7 +16,7 @@ use crate::rotary::{turn, turn_back};
 use crate::rows::Rows;
 use crate::shape::BLOCK;
 use crate::simd::dispatch;
-use crate::unit::{self, CODES, Codes, LANES, Stream, place, unit_bytes};
+use crate::unit::{self, CODES, Codes, LANES, Stream, locate, place, unit_bytes};
 
 /// Tokens that one partial sum of a block runs over; see [`crate::stats::block_sum`].
 const PART: usize = BLOCK / 8;
@@ -205,16 +205,21 @@ fn seal_inner(
     let v_scales = normalise(codec, &t.v, &mut values, &exact, ordinary);
 
     page.fill(0);
-    let in_order = |rows: &[f32], order: &[u16], j: u8| -> Vec<f32> {
-        order.iter().map(|&c| rows[usize::from(j) * d + usize::from(c)]).collect()
-    };
-    for (i, &j) in tokens.iter().enumerate() {
-        page::write_slot(layout, page, i, &in_order(&keys, &t.k.order, j), &in_order(&values, &t.v.order, j));
-        keys[usize::from(j) * d..(usize::from(j) + 1) * d].fill(0.0);
-        values[usize::from(j) * d..(usize::from(j) + 1) * d].fill(0.0);
+    let v_start = page::v_start(layout, &t.k.widths);
+    for (stream, rows, t, start) in
+        [(Stream::K, &mut keys, &t.k, layout.codes_offset), (Stream::V, &mut values, &t.v, v_start)]
+    {
+        let mut slots: Vec<(usize, Vec<f32>)> = Vec::with_capacity(tokens.len());
+        for &j in &tokens {
+            let row = &mut rows[usize::from(j) * d..][..d];
+            slots.push((usize::from(j), t.order.iter().map(|&c| row[usize::from(c)]).collect()));
+            row.fill(0.0);
+        }
+        write_codes(codec, layout, stream, t, start, rows, &mut slots, page);
+        for (i, (_, rest)) in slots.iter().enumerate() {
+            page::write_slot(layout, page, stream, i, rest);
+        }
     }
-    write_codes(codec, layout, Stream::K, &t.k, layout.codes_offset, &keys, page);
-    write_codes(codec, layout, Stream::V, &t.v, page::v_start(layout, &t.k.widths), &values, page);
     let side = &mut page[layout.side_offset..layout.side_offset + layout.side_bytes];
     codec.stats.write(&[k_scales, v_scales].concat(), &[k_means, v_means].concat(), side);
     let mut slots = [0; MAX_SLOTS];
@@ -230,7 +235,10 @@ struct Step {
     n: usize,
 }
 
+/// Codes one stream into its units. `slots`: exact tokens and their rows in code order, of which the points of the
+/// tokens' codes are taken off.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn write_codes(
     codec: &Codec,
     layout: &PageLayout,
@@ -238,6 +246,7 @@ fn write_codes(
     t: &StreamTables,
     start: usize,
     rows: &[f32],
+    slots: &mut [(usize, Vec<f32>)],
     page: &mut [u8],
 ) {
     let d = layout.head_dim;
@@ -263,6 +272,9 @@ fn write_codes(
                 planes[s.unit].1[s.n] = nearest(&codec.grids[usize::from(t.widths[s.unit])], &s.z);
             }
         }
+        for (j, rest) in slots.iter_mut().filter(|(j, _)| j / layout.unit.tokens == group) {
+            take_points_off(codec, layout, stream, &t.widths, &planes, *j % layout.unit.tokens, rest);
+        }
         for (u, &w) in t.widths.iter().enumerate().filter(|(_, w)| **w > 0) {
             let at = page::unit_offset(start, &t.widths, group, u);
             let (head, tail) =
@@ -285,6 +297,37 @@ fn nearest(grid: &Grid, z: &F) -> [u8; LANES] {
         q.iter_mut().zip(z).for_each(|(q, z)| *q += i32::from(*z > t));
     }
     q.map(|q| q as u8)
+}
+
+/// Takes the points of a token's codes off its row, which is in code order. `token`: inside the group of `planes`.
+fn take_points_off(
+    codec: &Codec,
+    layout: &PageLayout,
+    stream: Stream,
+    widths: &[u8],
+    planes: &[(Codes, Codes)],
+    token: usize,
+    row: &mut [f32],
+) {
+    let trellis = codec.recipe().quantizer == Quantizer::Trellis;
+    let mut state = [0usize; LANES];
+    let coded = row.chunks_exact_mut(layout.unit.channels).zip(planes).zip(widths).filter(|(_, w)| **w > 0);
+    for ((row, (path, codes)), &w) in coded {
+        let mut symbols: Codes = *codes;
+        if trellis {
+            for n in 0..CODES {
+                for lane in 0..LANES {
+                    let u = usize::from(path[n][lane]);
+                    symbols[n][lane] = 4 * codes[n][lane] + crate::trellis::subset(state[lane], u) as u8;
+                    state[lane] = crate::trellis::next(state[lane], u);
+                }
+            }
+        }
+        for (channel, x) in row.iter_mut().enumerate() {
+            let (lane, n) = locate(stream, layout.unit, channel, token);
+            *x -= codec.grids[usize::from(w)].points[usize::from(symbols[n][lane])];
+        }
+    }
 }
 
 /// Viterbi search over 32 chains in step; see [`crate::trellis::encode`].
@@ -418,13 +461,8 @@ fn open_centred_inner(
     read_codes(codec, layout, Stream::V, &t.v, page::v_start(layout, &t.k.widths), page, v);
     for (i, &j) in header.tokens[..header.used].iter().enumerate() {
         let at = usize::from(j) * d;
-        for ((scale, codes), (rows, t)) in
-            page::slot(layout, page, i).into_iter().zip([(&mut *k, &t.k), (&mut *v, &t.v)])
-        {
-            for (&c, &code) in t.order.iter().zip(codes) {
-                rows[at + usize::from(c)] = f32::from(code as i8) * scale;
-            }
-        }
+        page::read_slot(layout, page, Stream::K, i, |p, x| k[at + usize::from(t.k.order[p])] += x);
+        page::read_slot(layout, page, Stream::V, i, |p, x| v[at + usize::from(t.v.order[p])] += x);
     }
     let (mut scales, mut means) = (vec![0; 2 * d], vec![0; 2 * d]);
     codec.stats.read(

@@ -7,7 +7,7 @@
 //! ...      V codes     64 B * token groups * sum of V widths      K + V widths sum to `code_bits` in every head
 //! ...      statistics  calibrated: scale nibbles D, mean low nibbles D, mean high crumbs D/2   (K's channels, then V's)
 //!                      free:       scale bytes 2D, means f16 2D                                (K's channels, then V's)
-//! ...      slots       num_slots * (K scale f16, V scale f16, K i8 x D, V i8 x D)
+//! ...      slots       K codes i8 [num_slots][D], V codes i8 [num_slots][D], scales f16 [num_slots][K, V]
 //! ...      zero padding to the page size
 //! ```
 //!

@@ -2,11 +2,11 @@
 
 use crate::codec::Codec;
 use crate::error::{Error, Result};
-use crate::layout::{HEADER, MAGIC, NO_SLOT, PageLayout};
+use crate::layout::{HEADER, MAGIC, NO_SLOT, PageLayout, UnitShape};
 use crate::recipe::MAX_SLOTS;
 use crate::rows::Rows;
 use crate::shape::BLOCK;
-use crate::unit::unit_bytes;
+use crate::unit::{Stream, slot_byte, unit_bytes};
 use half::f16;
 
 /// Largest magnitude that a page accepts. Real keys and values stay below 10^4; beyond 2^24 squares and sums of f32 would
@@ -111,38 +111,56 @@ pub fn best_tokens(score: &[f32; BLOCK], n: usize) -> Vec<u8> {
     order
 }
 
-/// An exact token's row in 8 bits: `scale` and `codes` such that code * scale is the normalised residual.
+/// What the codes leave of an exact token's row, in 8 bits: `scale` and `codes` such that code * scale is that rest.
+/// Positions in code order; bytes in the order of [`slot_byte`].
 #[inline(always)]
-pub fn code_exact(z: &[f32], codes: &mut [u8]) -> f16 {
-    let peak = z.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+pub fn code_exact(stream: Stream, unit: UnitShape, rest: &[f32], codes: &mut [u8]) -> f16 {
+    let peak = rest.iter().fold(0.0f32, |m, x| m.max(x.abs()));
     let scale = f16::from_f32((peak / 127.0).min(65504.0));
     let s = scale.to_f32();
-    for (c, x) in codes.iter_mut().zip(z) {
-        // A peak so small that its scale rounds to zero is zero at the precision of the slot.
-        let q = if s > 0.0 { (x / s).round_ties_even().clamp(-127.0, 127.0) } else { 0.0 };
-        *c = q as i8 as u8;
+    for (codes, rest) in codes.chunks_exact_mut(unit.channels).zip(rest.chunks_exact(unit.channels)) {
+        for (channel, x) in rest.iter().enumerate() {
+            // A peak so small that its scale rounds to zero is zero at the precision of the slot.
+            let q = if s > 0.0 { (x / s).round_ties_even().clamp(-127.0, 127.0) } else { 0.0 };
+            codes[slot_byte(stream, unit, channel)] = q as i8 as u8;
+        }
     }
     scale
 }
 
-/// One slot's (scale, codes) of K and V.
-pub fn slot<'a>(layout: &PageLayout, page: &'a [u8], i: usize) -> [(f32, &'a [u8]); 2] {
-    let s = &page[layout.slots_offset + i * layout.slot_bytes..][..layout.slot_bytes];
-    let scale = |b: &[u8]| {
-        let x = f16::from_le_bytes([b[0], b[1]]).to_f32();
-        // Only a damaged page holds anything else; a value keeps open() total.
-        if x.is_finite() { x } else { 0.0 }
-    };
-    let d = layout.head_dim;
-    [(scale(&s[0..2]), &s[4..4 + d]), (scale(&s[2..4]), &s[4 + d..4 + 2 * d])]
+/// Adds slot `i` of a stream: `add(position in code order, value)`.
+#[inline(always)]
+pub fn read_slot(
+    layout: &PageLayout,
+    page: &[u8],
+    stream: Stream,
+    i: usize,
+    mut add: impl FnMut(usize, f32),
+) {
+    let (codes, scale) = slot_places(layout, stream, i);
+    let scale = f16::from_le_bytes([page[scale], page[scale + 1]]).to_f32();
+    // Only a damaged page holds anything else; a value keeps open() total.
+    let scale = if scale.is_finite() { scale } else { 0.0 };
+    let channels = layout.unit.channels;
+    for (u, codes) in page[codes..codes + layout.head_dim].chunks_exact(channels).enumerate() {
+        for channel in 0..channels {
+            let code = codes[slot_byte(stream, layout.unit, channel)] as i8;
+            add(u * channels + channel, f32::from(code) * scale);
+        }
+    }
 }
 
-/// Writes one slot.
-pub fn write_slot(layout: &PageLayout, page: &mut [u8], i: usize, k: &[f32], v: &[f32]) {
-    let d = layout.head_dim;
-    let s = &mut page[layout.slots_offset + i * layout.slot_bytes..][..layout.slot_bytes];
-    let (scales, codes) = s.split_at_mut(4);
-    let (kc, vc) = codes.split_at_mut(d);
-    scales[..2].copy_from_slice(&code_exact(k, kc).to_le_bytes());
-    scales[2..].copy_from_slice(&code_exact(v, vc).to_le_bytes());
+/// Writes slot `i` of a stream from the rest, in code order, that the codes leave.
+pub fn write_slot(layout: &PageLayout, page: &mut [u8], stream: Stream, i: usize, rest: &[f32]) {
+    let (codes, at) = slot_places(layout, stream, i);
+    let scale = code_exact(stream, layout.unit, rest, &mut page[codes..codes + layout.head_dim]);
+    page[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+}
+
+/// First byte of a slot's codes, and of its scale.
+fn slot_places(layout: &PageLayout, stream: Stream, i: usize) -> (usize, usize) {
+    let (d, n) = (layout.head_dim, layout.num_slots);
+    let second = usize::from(stream == Stream::V);
+    let scales = layout.slots_offset + 2 * n * d;
+    (layout.slots_offset + (second * n + i) * d, scales + 4 * i + 2 * second)
 }

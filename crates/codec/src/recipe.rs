@@ -188,6 +188,11 @@ mod tests {
                 let bytes = r.page_bytes(d).unwrap();
                 let ratio = (4 * d * BLOCK) as f64 / bytes as f64;
                 assert!(ratio >= r.ratio && ratio < r.ratio * 1.01, "{name} D={d}: {ratio}");
+                for slots in [r.min_slots, r.sink_slots] {
+                    let l = PageLayout::new(&r, d, bytes, slots).unwrap();
+                    // What vector loads of a kernel want.
+                    assert!(l.side_offset % 16 == 0 && l.slots_offset % 16 == 0, "{name} D={d}: {l:?}");
+                }
             }
         }
     }

@@ -45,7 +45,7 @@ fn slot_scores(before: &Block, sink_query: &[f32], calibrated: bool) -> [f32; BL
 
 /// One stream of a page before it is written: codes' input z in code order, and the coded statistics by channel.
 struct Coded {
-    /// `[token][position in code order]`, unit variance; zero for exact tokens in the code planes.
+    /// `[token][position in code order]`, unit variance.
     z: Block,
     scales: Vec<u8>,
     means: Vec<u16>,
@@ -202,9 +202,18 @@ pub fn seal(
     let start = page::v_start(layout, &t.k.widths);
     write_codes(codec, layout, Stream::V, &t.v.widths, start, &|j, p| input(&v.z, j, p), page);
     let side = &mut page[layout.side_offset..layout.side_offset + layout.side_bytes];
-    codec.stats.write(&[k.scales, v.scales].concat(), &[k.means, v.means].concat(), side);
-    for (i, &j) in tokens.iter().enumerate() {
-        page::write_slot(layout, page, i, &k.z[usize::from(j)], &v.z[usize::from(j)]);
+    codec.stats.write(&[&k.scales[..], &v.scales].concat(), &[&k.means[..], &v.means].concat(), side);
+    // Exact tokens went into the codes as zeros; their slots hold what is to be added to those codes' points.
+    let v_start = page::v_start(layout, &t.k.widths);
+    for (stream, coded, tables, start) in
+        [(Stream::K, &k, &t.k, layout.codes_offset), (Stream::V, &v, &t.v, v_start)]
+    {
+        let points = read_codes(codec, layout, stream, &tables.widths, start, page);
+        for (i, &j) in tokens.iter().enumerate() {
+            let (z, points) = (&coded.z[usize::from(j)], &points[usize::from(j)]);
+            let rest: Vec<f32> = z.iter().zip(points).map(|(z, p)| z - p).collect();
+            page::write_slot(layout, page, stream, i, &rest);
+        }
     }
     let mut slots = [0; MAX_SLOTS];
     slots[..tokens.len()].copy_from_slice(&tokens);
@@ -272,11 +281,9 @@ pub fn open(
     let mut kz = read_codes(codec, layout, Stream::K, &t.k.widths, layout.codes_offset, page);
     let mut vz = read_codes(codec, layout, Stream::V, &t.v.widths, page::v_start(layout, &t.k.widths), page);
     for (i, &j) in header.tokens[..header.used].iter().enumerate() {
-        let [ks, vs] = page::slot(layout, page, i);
-        for p in 0..d {
-            kz[usize::from(j)][p] = f32::from(ks.1[p] as i8) * ks.0;
-            vz[usize::from(j)][p] = f32::from(vs.1[p] as i8) * vs.0;
-        }
+        let j = usize::from(j);
+        page::read_slot(layout, page, Stream::K, i, |p, x| kz[j][p] += x);
+        page::read_slot(layout, page, Stream::V, i, |p, x| vz[j][p] += x);
     }
     let (mut scales, mut means) = (vec![0; 2 * d], vec![0; 2 * d]);
     codec.stats.read(

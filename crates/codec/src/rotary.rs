@@ -2,10 +2,13 @@
 //! its block's centre, t = 128 n + 64: turned back by t, so that a query turned back by t once a block meets them
 //! without any rotation of codes. What remains is each token's turn by its offset from the centre, j - 64.
 //!
-//! Angles are computed in f64 and rounded once to f32 (`libm`, so that every platform gets the same table). Channels
-//! are handled in canonical order: first members of all pairs, second members, channels that do not rotate.
+//! Angles are computed in f64 and rounded to f32 (`libm`, so that every platform gets the same table). The offsets' table
+//! is rounded on to values of f16: matrix instructions on fp16 operands then hold it exactly, and the mean that a reader
+//! turns is the very one that sealing took off. Channels are handled in canonical order: first members of all pairs, second
+//! members, channels that do not rotate.
 
 use crate::shape::{BLOCK, ModelShape};
+use half::f16;
 
 /// Offset of a block's centre from its first token.
 pub const CENTRE: usize = BLOCK / 2;
@@ -20,7 +23,7 @@ pub struct Rotary {
     /// cos and sin of the turn to the centre of block n: `[n * pairs + i]`.
     centre_cos: Vec<f32>,
     centre_sin: Vec<f32>,
-    /// cos and sin of token j's offset from the centre: `[j * pairs + i]`.
+    /// cos and sin of token j's offset from the centre, values of f16: `[j * pairs + i]`.
     pub offset_cos: Vec<f32>,
     pub offset_sin: Vec<f32>,
 }
@@ -49,7 +52,8 @@ impl Rotary {
             (cos, sin)
         };
         let (centre_cos, centre_sin) = table(shape.max_blocks(), &|n| (n * BLOCK + CENTRE) as f64);
-        let (offset_cos, offset_sin) = table(BLOCK, &|j| j as f64 - CENTRE as f64);
+        let (mut offset_cos, mut offset_sin) = table(BLOCK, &|j| j as f64 - CENTRE as f64);
+        offset_cos.iter_mut().chain(&mut offset_sin).for_each(|x| *x = f16::from_f32(*x).to_f32());
         Rotary { pairs, natural, centre_cos, centre_sin, offset_cos, offset_sin }
     }
 

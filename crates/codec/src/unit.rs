@@ -63,6 +63,33 @@ pub fn place(stream: Stream, unit: UnitShape, lane: usize, n: usize) -> (usize, 
     }
 }
 
+/// (lane, code n) that holds a (channel, token) of a unit: the inverse of [`place`].
+#[inline(always)]
+pub fn locate(stream: Stream, unit: UnitShape, channel: usize, token: usize) -> (usize, usize) {
+    let (upper, token) = (token / 16, token % 16);
+    let (row, column) = match stream {
+        Stream::K => (token, channel),
+        Stream::V => (channel, token),
+    };
+    let (g, t, h) = (row % 8, column % 8 / 2, column % 2);
+    let (m, class) = match stream {
+        Stream::K => (row / 8, channel / 8),
+        Stream::V => (column / 8, channel / 8),
+    };
+    let c = if unit.channels == 32 { class } else { class + 2 * upper };
+    (4 * g + t, 8 * h + 4 * m + c)
+}
+
+/// Byte of a slot, inside its unit, that holds a channel: a lane's bytes lie together, in the order of its codes.
+#[inline(always)]
+pub fn slot_byte(stream: Stream, unit: UnitShape, channel: usize) -> usize {
+    let (class, classes) = (channel / 8, unit.channels / 8);
+    match stream {
+        Stream::K => 2 * classes * (channel % 8 / 2) + 2 * class + channel % 2,
+        Stream::V => classes * (channel % 8) + class,
+    }
+}
+
 /// Codes of a unit by position in the lane, then lane.
 pub type Codes = [[u8; LANES]; CODES];
 
@@ -195,7 +222,26 @@ mod tests {
                         let (c, t) = place(stream, unit, lane, n);
                         assert!(c < unit.channels && t < unit.tokens);
                         assert!(!std::mem::replace(&mut seen[c * unit.tokens + t], true));
+                        assert_eq!(locate(stream, unit, c, t), (lane, n));
                     }
+                }
+            }
+        }
+    }
+
+    /// The channels of a lane's codes are neighbours in a slot, in the order of the codes.
+    #[test]
+    fn slot_bytes_follow_the_lanes() {
+        for unit in [UnitShape { channels: 32, tokens: 16 }, UnitShape { channels: 16, tokens: 32 }] {
+            let classes = unit.channels / 8;
+            for lane in 0..LANES {
+                for c in 0..classes {
+                    for h in 0..2 {
+                        let (channel, _) = place(Stream::K, unit, lane, 8 * h + c);
+                        assert_eq!(slot_byte(Stream::K, unit, channel), lane % 4 * 2 * classes + 2 * c + h);
+                    }
+                    let (channel, _) = place(Stream::V, unit, lane, c);
+                    assert_eq!(slot_byte(Stream::V, unit, channel), lane / 4 * classes + c);
                 }
             }
         }
