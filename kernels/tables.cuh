@@ -37,7 +37,8 @@ struct GridParams {
 
 struct StreamView {
   const float *mean, *step, *sigma;
-  const uint16_t *order;
+  const uint16_t *order;     // channel at each code position
+  const uint16_t *position;  // code position of each channel
   const uint8_t *widths;
 };
 
@@ -51,10 +52,10 @@ KAKEYA_HD HeadView head_view(const Tables &t, int layer, int head) {
   const uint8_t *base = t.at<uint8_t>(t.heads) + size_t(layer * int(t.num_kv_heads) + head) * t.head_stride;
   const float *f = reinterpret_cast<const float *>(base);
   const uint16_t *order = reinterpret_cast<const uint16_t *>(f + 7 * d);
-  const uint8_t *widths = reinterpret_cast<const uint8_t *>(order + 2 * d);
+  const uint8_t *widths = reinterpret_cast<const uint8_t *>(order + 4 * d);
   HeadView h;
-  h.k = {f, f + d, f + 2 * d, order, widths};
-  h.v = {f + 3 * d, f + 4 * d, f + 5 * d, order + d, widths + kMaxUnits};
+  h.k = {f, f + d, f + 2 * d, order, order + 2 * d, widths};
+  h.v = {f + 3 * d, f + 4 * d, f + 5 * d, order + d, order + 3 * d, widths + kMaxUnits};
   h.sink_query = f + 6 * d;
   return h;
 }

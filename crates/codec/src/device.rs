@@ -64,7 +64,7 @@ impl Block {
 /// The tables of a codec; the block begins with its [`Header`].
 ///
 /// A head's record: f32 `[7][head_dim]` K mean, K step, K sigma, V mean, V step, V sigma, sink query; u16
-/// `[2][head_dim]` K order, V order; u8 `[2][MAX_UNITS]` K widths, V widths.
+/// `[4][head_dim]` K order, V order, and their inverses; u8 `[2][MAX_UNITS]` K widths, V widths.
 pub fn tables(codec: &Codec) -> Vec<u8> {
     let shape = codec.shape();
     let d = shape.head_dim;
@@ -86,6 +86,9 @@ pub fn tables(codec: &Codec) -> Vec<u8> {
             heads.extend_from_slice(bytemuck::cast_slice(&t.sink_query));
             for s in [&t.k, &t.v] {
                 heads.extend_from_slice(bytemuck::cast_slice(&s.order));
+            }
+            for s in [&t.k, &t.v] {
+                heads.extend_from_slice(bytemuck::cast_slice(&inverse(&s.order)));
             }
             for s in [&t.k, &t.v] {
                 heads.extend_from_slice(&padded_widths(s));
@@ -140,6 +143,15 @@ pub fn tables(codec: &Codec) -> Vec<u8> {
     header.total_bytes = block.0.len() as u32;
     block.0[..size_of::<Header>()].copy_from_slice(bytemuck::bytes_of(&header));
     block.0
+}
+
+/// Position in code order of each channel.
+fn inverse(order: &[u16]) -> Vec<u16> {
+    let mut position = vec![0; order.len()];
+    for (p, &channel) in order.iter().enumerate() {
+        position[usize::from(channel)] = p as u16;
+    }
+    position
 }
 
 fn padded_widths(s: &StreamTables) -> [u8; MAX_UNITS] {
