@@ -91,7 +91,7 @@ struct AttendParams {
   float *workspace;
   int32_t *counters;
   int32_t num_seqs, max_tasks, num_kv_heads, group;  // group: query heads of a KV head
-  int32_t layer, first_head, num_open, reserved;
+  int32_t layer, first_head, element, reserved;
   float scale;  // of the scores, such as 1 / sqrt(head_dim)
   int32_t reserved2;
 };

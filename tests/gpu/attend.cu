@@ -1,0 +1,478 @@
+// Attention kernels against an fp64 reference over what the codec reads from the same pages, and their speed.
+//
+//   cargo run --release -p kakeya-bridge --example attend_vectors -- DIR
+//   nvcc -O3 -std=c++17 -arch=sm_90a -I kernels -o attend_gpu tests/gpu/attend.cu
+//   ./attend_gpu check DIR/*.bin      every shape; relative L2 bound 2e-3
+//   ./attend_gpu small DIR/*.bin      a few shapes, for compute-sanitizer
+//   ./attend_gpu bench DIR/*.bin      medians over CUDA-graph replays with cold L2
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../kernels/attend.cu"
+
+#define CUDA(call)                                                                          \
+  do {                                                                                      \
+    const cudaError_t e = (call);                                                           \
+    if (e != cudaSuccess) {                                                                 \
+      fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e)); \
+      exit(2);                                                                              \
+    }                                                                                       \
+  } while (0)
+
+using namespace kakeya;
+
+template <typename T>
+struct Device {
+  T *p = nullptr;
+  size_t n;
+  explicit Device(size_t n, int fill = -1) : n(n) {
+    CUDA(cudaMalloc(&p, std::max<size_t>(n * sizeof(T), 16)));
+    if (fill >= 0) CUDA(cudaMemset(p, fill, n * sizeof(T)));
+  }
+  explicit Device(const std::vector<T> &x) : Device(x.size()) {
+    CUDA(cudaMemcpy(p, x.data(), n * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  std::vector<T> get() const {
+    std::vector<T> x(n);
+    CUDA(cudaMemcpy(x.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
+    return x;
+  }
+  Device(const Device &) = delete;
+  ~Device() { cudaFree(p); }
+};
+
+struct File {
+  std::string name;
+  Tables t;
+  std::vector<uint8_t> tables, pages;
+  std::vector<double> freq;
+  std::vector<float> rows;  // [block][head][K, V][128][d]
+  size_t blocks, heads, layer;
+
+  explicit File(const char *path) : name(path) {
+    name = name.substr(name.rfind('/') + 1);
+    FILE *f = fopen(path, "rb");
+    uint64_t h[6];
+    if (!f || fread(h, sizeof h, 1, f) != 1 || h[0] != 0x314e5454414b414bull) {
+      fprintf(stderr, "%s: not a vector file\n", path);
+      exit(1);
+    }
+    blocks = h[2], heads = h[3], layer = h[4];
+    tables.resize(h[1]);
+    freq.resize(h[5]);
+    auto read = [&](void *p, size_t n) {
+      if (fread(p, 1, n, f) != n) {
+        fprintf(stderr, "%s: too short\n", path);
+        exit(1);
+      }
+    };
+    read(tables.data(), tables.size());
+    memcpy(&t, tables.data(), sizeof t);
+    read(freq.data(), 8 * freq.size());
+    pages.resize(blocks * heads * t.page_bytes);
+    read(pages.data(), pages.size());
+    rows.resize(blocks * heads * 2 * kBlock * t.head_dim);
+    read(rows.data(), 4 * rows.size());
+    fclose(f);
+  }
+  int quantizer() const {
+    if (t.trellis) return kTrellis;
+    const uint32_t *g = reinterpret_cast<const uint32_t *>(tables.data() + t.grids);
+    return g[4 * 3 + 1] ? kCubic : kUniform;  // beta of width 3
+  }
+};
+
+struct Kernel {
+  const void *entry;
+  int threads, fixed_shared, blocks_per_sm, rows;
+};
+
+template <int D, int ROWS>
+static Kernel shape_of(const void *entry) {
+  return {entry, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kStages, D == 256 || ROWS == 16 ? 1 : 2, ROWS};
+}
+
+static Kernel kernel_of(int d, int q, int rows) {
+#define PICK(D, QQ, NAME)                                                                                    \
+  if (d == D && q == QQ)                                                                                     \
+  return rows <= 4   ? shape_of<D, 4>((const void *)kakeya_attend_d##D##_##NAME##_r4)                        \
+         : rows <= 8 ? shape_of<D, 8>((const void *)kakeya_attend_d##D##_##NAME##_r8)                        \
+                     : shape_of<D, 16>((const void *)kakeya_attend_d##D##_##NAME##_r16)
+#define PICK_ALL(D)            \
+  PICK(D, kUniform, uniform);  \
+  PICK(D, kCubic, cubic);      \
+  PICK(D, kTrellis, trellis)
+  PICK_ALL(64);
+  PICK_ALL(128);
+  PICK_ALL(256);
+  fprintf(stderr, "no kernel for head_dim %d\n", d);
+  exit(1);
+}
+
+static int num_sms() {
+  int n;
+  CUDA(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, 0));
+  return n;
+}
+
+// Shared memory of an SM that blocks may use, less what the driver keeps of each.
+static int stages_of(const Kernel &k, int page_bytes) {
+  int total;
+  CUDA(cudaDeviceGetAttribute(&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0));
+  const int each = std::min(total / k.blocks_per_sm - 1024, 227 * 1024);
+  return std::min((each - k.fixed_shared) / page_bytes, 8);
+}
+
+struct Launch {
+  Kernel k;
+  int stages, shared, blocks, chunks;
+  Launch(int d, int q, int rows, int page_bytes) {
+    k = kernel_of(d, q, rows);
+    stages = stages_of(k, page_bytes);
+    shared = k.fixed_shared + stages * page_bytes;
+    CUDA(cudaFuncSetAttribute(k.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    blocks = num_sms() * k.blocks_per_sm;
+    chunks = (rows + k.rows - 1) / k.rows;
+  }
+  size_t workspace(int d, int items) const { return size_t(chunks) * (blocks + items) * k.rows * (d + 2); }
+  void run(AttendParams &p, cudaStream_t s) const {
+    uint32_t n = stages;
+    void *args[] = {&p, &n};
+    CUDA(cudaLaunchKernel(k.entry, dim3(blocks, chunks), dim3(k.threads), args, shared, s));
+  }
+};
+
+static uint16_t to_bf16(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+static float from_bf16(uint16_t h) {
+  const uint32_t u = uint32_t(h) << 16;
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+static void parallel(size_t n, const std::function<void(size_t)> &f) {
+  const size_t workers = std::max(1u, std::thread::hardware_concurrency());
+  std::vector<std::thread> pool;
+  for (size_t w = 0; w < workers; ++w)
+    pool.emplace_back([=] {
+      for (size_t i = w; i < n; i += workers) f(i);
+    });
+  for (auto &t : pool) t.join();
+}
+
+struct Sequence {
+  int len, tokens;
+};
+
+// Relative L2 error of one batch; -1 if something was written that should not be.
+static double check(const File &f, const std::vector<Sequence> &seqs, int group, uint64_t seed) {
+  const int d = int(f.t.head_dim), heads = int(f.heads);
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal;
+  const int n = int(seqs.size());
+  int most = 0, longest = 0;
+  std::vector<int> start{0}, lens, cumulative{0};
+  for (const Sequence &s : seqs) {
+    start.push_back(start.back() + s.tokens);
+    lens.push_back(s.len);
+    most = std::max(most, s.tokens);
+    longest = std::max(longest, s.len);
+    const int history = s.len - s.tokens, pages = history / kBlock;
+    cumulative.push_back(cumulative.back() + (s.tokens ? (s.len + kBlock - 1) / kBlock : 0));
+    (void)pages;
+  }
+  const int tokens = start.back(), stride = (longest + kBlock - 1) / kBlock + 1;
+  // Physical blocks: the file's, then one for each open block, all in another order.
+  std::vector<int> table(size_t(n) * stride, -1), place(f.blocks);
+  int num_open = 0;
+  for (const Sequence &s : seqs) num_open += s.tokens ? (s.len + kBlock - 1) / kBlock - (s.len - s.tokens) / kBlock : 0;
+  const int total_blocks = int(f.blocks) + num_open;
+  std::vector<int> shuffled(total_blocks), open_slot(total_blocks, -1);
+  for (int i = 0; i < total_blocks; ++i) shuffled[i] = i;
+  std::shuffle(shuffled.begin(), shuffled.end(), random);
+  int open = 0;
+  for (int s = 0; s < n; ++s) {
+    if (!seqs[s].tokens) continue;
+    const int pages = (seqs[s].len - seqs[s].tokens) / kBlock, all = (seqs[s].len + kBlock - 1) / kBlock;
+    for (int b = 0; b < all; ++b) {
+      const int which = b < pages ? int(random() % f.blocks) : int(f.blocks) + open;
+      table[size_t(s) * stride + b] = shuffled[which];
+      if (b >= pages) open_slot[shuffled[which]] = num_open - 1 - open++;
+    }
+  }
+  std::vector<int> source(total_blocks);  // physical -> file's block or open block
+  for (int i = 0; i < total_blocks; ++i) source[shuffled[i]] = i;
+  std::vector<uint8_t> pages(size_t(total_blocks) * heads * f.t.page_bytes, 0xa5);
+  for (size_t b = 0; b < f.blocks; ++b)
+    memcpy(&pages[size_t(shuffled[b]) * heads * f.t.page_bytes], &f.pages[b * heads * f.t.page_bytes],
+           heads * f.t.page_bytes);
+  std::vector<uint16_t> pool(size_t(num_open) * 2 * heads * kBlock * d), q(size_t(tokens) * heads * group * d);
+  for (auto &x : pool) x = to_bf16(normal(random));
+  for (auto &x : q) x = to_bf16(1.5f * normal(random));
+  // What lies behind a sequence's end in its open block is not a number.
+  for (int s = 0; s < n; ++s)
+    if (seqs[s].tokens && seqs[s].len % kBlock) {
+      const int slot = open_slot[table[size_t(s) * stride + seqs[s].len / kBlock]];
+      for (int i = 0; i < 2 * heads; ++i)
+        for (int j = seqs[s].len % kBlock; j < kBlock; ++j)
+          for (int c = 0; c < d; ++c) pool[((size_t(slot) * 2 * heads + i) * kBlock + j) * d + c] = 0x7fc0;
+    }
+
+  const Launch launch(d, f.quantizer(), most * group, int(f.t.page_bytes));
+  std::vector<int> plan(plan_size(n, 0), 0);
+  plan[1] = cumulative.back();
+  std::copy(cumulative.begin(), cumulative.end(), plan.begin() + plan_cumulative(0));
+  Device<uint8_t> d_tables(f.tables), d_pages(pages);
+  Device<uint16_t> d_q(q), d_pool(pool), d_out(q.size(), 0xff);
+  Device<int> d_table(table), d_slot(open_slot), d_start(start), d_lens(lens), d_plan(plan);
+  Device<float> d_work(launch.workspace(d, n * heads), 0xff);
+  Device<int> d_count(size_t(launch.chunks) * n * heads, 0);
+  AttendParams p = {};
+  p.tables = reinterpret_cast<const Tables *>(d_tables.p);
+  p.pages = d_pages.p;
+  p.page_head_stride = f.t.page_bytes;
+  p.page_block_stride = int64_t(heads) * f.t.page_bytes;
+  p.q = d_q.p, p.out = d_out.p;
+  p.q_token_stride = p.out_token_stride = int64_t(heads) * group * d;
+  p.q_head_stride = p.out_head_stride = d;
+  p.open_blocks = d_pool.p, p.open_slot = d_slot.p, p.block_table = d_table.p, p.block_table_stride = stride;
+  p.query_start = d_start.p, p.seq_lens = d_lens.p, p.plan = d_plan.p;
+  p.workspace = d_work.p, p.counters = d_count.p;
+  p.num_seqs = n, p.max_tasks = 0, p.num_kv_heads = heads, p.group = group, p.layer = int(f.layer), p.first_head = 0;
+  p.element = kBf16;
+  p.scale = float(1.0 / std::sqrt(double(d)));
+  launch.run(p, 0);
+  launch.run(p, 0);  // counters are zero again after each launch
+  CUDA(cudaDeviceSynchronize());
+  const std::vector<uint16_t> out = d_out.get();
+  for (int x : d_count.get())
+    if (x) return -1;
+
+  const int per = int(f.freq.size());
+  std::vector<double> error(size_t(n) * heads, 0), norm(size_t(n) * heads, 0);
+  parallel(size_t(n) * heads, [&](size_t item) {
+    const int s = int(item) / heads, h = int(item) % heads, len = seqs[s].len, history = len - seqs[s].tokens;
+    if (!seqs[s].tokens) return;
+    std::vector<double> k(size_t(len) * d), v(size_t(len) * d);
+    for (int j = 0; j < len; ++j) {
+      const int physical = table[size_t(s) * stride + j / kBlock], from = source[physical];
+      for (int c = 0; c < d; ++c) {
+        if (j / kBlock < history / kBlock) {
+          const float *r = &f.rows[((size_t(from) * heads + h) * 2 * kBlock + j % kBlock) * d];
+          k[size_t(j) * d + c] = r[c];
+          v[size_t(j) * d + c] = r[size_t(kBlock) * d + c];
+        } else {
+          const size_t at = ((size_t(open_slot[physical]) * 2 * heads + h) * kBlock + j % kBlock) * d + c;
+          k[size_t(j) * d + c] = from_bf16(pool[at]);
+          v[size_t(j) * d + c] = from_bf16(pool[at + size_t(heads) * kBlock * d]);
+        }
+      }
+      // The page was sealed at another block of its sequence: turn its keys on to where they stand now.
+      if (j / kBlock < history / kBlock)
+        for (int i = 0; i < per; ++i) {
+          const double a = double(j / kBlock - from) * kBlock * f.freq[i], c = std::cos(a), sn = std::sin(a);
+          double &x = k[size_t(j) * d + i], &y = k[size_t(j) * d + i + per];
+          const double x0 = x, y0 = y;
+          x = x0 * c - y0 * sn, y = y0 * c + x0 * sn;
+        }
+    }
+    std::vector<double> w(len), o(d);
+    for (int i = 0; i < seqs[s].tokens; ++i)
+      for (int g = 0; g < group; ++g) {
+        const size_t at = (size_t(start[s] + i) * heads * group + size_t(h) * group + g) * d;
+        double top = -1e300, total = 0;
+        const int seen = history + i + 1;
+        for (int j = 0; j < seen; ++j) {
+          double x = 0;
+          for (int c = 0; c < d; ++c) x += double(from_bf16(q[at + c])) * k[size_t(j) * d + c];
+          w[j] = x / std::sqrt(double(d));
+          top = std::max(top, w[j]);
+        }
+        std::fill(o.begin(), o.end(), 0.0);
+        for (int j = 0; j < seen; ++j) {
+          const double e = std::exp(w[j] - top);
+          total += e;
+          for (int c = 0; c < d; ++c) o[c] += e * v[size_t(j) * d + c];
+        }
+        for (int c = 0; c < d; ++c) {
+          const double want = o[c] / total, got = from_bf16(out[at + c]);
+          // The output's own rounding to bf16 is not the kernel's error: count what is beyond half a step.
+          const double step = std::ldexp(1.0, std::ilogb(std::max(std::fabs(want), 1e-30)) - 8);
+          const double e = std::max(0.0, std::fabs(got - want) - step);
+          error[item] += std::isfinite(got) ? e * e : 1e300;
+          norm[item] += want * want;
+        }
+      }
+  });
+  double e = 0, m = 0;
+  for (size_t i = 0; i < error.size(); ++i) e += error[i], m += norm[i];
+  return std::sqrt(e / m);
+}
+
+static int check_all(const std::vector<File> &files, bool small) {
+  int bad = 0;
+  double worst = 0;
+  for (const File &f : files) {
+    std::vector<int> groups = small ? std::vector<int>{4} : std::vector<int>{1, 2, 3, 4, 6, 8, 16};
+    for (int group : groups)
+      for (int tokens = 1; tokens <= 8; tokens = small ? tokens + 7 : tokens < 4 ? tokens + 1 : 2 * tokens) {
+        std::vector<Sequence> s;
+        for (int len : {1, 2, 127, 128, 129, 255, 256, 257, 300, 1000, 2047, 4096, 4097})
+          if (!small || len < 400) s.push_back({std::max(len, tokens), tokens});
+        s.insert(s.begin() + 3, Sequence{0, 0});        // padding
+        s.push_back({700 + tokens, std::max(1, tokens - 1)});  // mixed numbers of tokens
+        const double e = check(f, s, group, 1000 * group + tokens);
+        worst = std::max(worst, e);
+        const bool ok = e >= 0 && e < 2e-3;
+        bad += !ok;
+        if (!ok || tokens == 1) printf("%s %-32s group %2d tokens %d: %.2e\n", ok ? "ok  " : "FAIL", f.name.c_str(), group, tokens, e);
+      }
+    if (!small)
+      for (int len : {16384, 131072}) {
+        const double e = check(f, {{len, 1}, {40, 1}, {5000, 1}}, 4, len);
+        worst = std::max(worst, e);
+        const bool ok = e >= 0 && e < 2e-3;
+        bad += !ok;
+        printf("%s %-32s length %d: %.2e\n", ok ? "ok  " : "FAIL", f.name.c_str(), len, e);
+      }
+    fflush(stdout);
+  }
+  printf("%d failures, worst relative L2 %.2e (bound 2e-3)\n", bad, worst);
+  return bad != 0;
+}
+
+static double copy_bandwidth() {
+  const size_t n = size_t(4) << 30;
+  Device<uint8_t> a(n, 1), b(n, 2);
+  cudaEvent_t e0, e1;
+  CUDA(cudaEventCreate(&e0));
+  CUDA(cudaEventCreate(&e1));
+  std::vector<double> gb;
+  for (int i = 0; i < 9; ++i) {
+    CUDA(cudaEventRecord(e0));
+    CUDA(cudaMemcpyAsync(b.p, a.p, n, cudaMemcpyDeviceToDevice));
+    CUDA(cudaEventRecord(e1));
+    CUDA(cudaEventSynchronize(e1));
+    float ms;
+    CUDA(cudaEventElapsedTime(&ms, e0, e1));
+    if (i > 1) gb.push_back(2.0 * n / ms / 1e6);
+  }
+  std::sort(gb.begin(), gb.end());
+  return gb[gb.size() / 2];
+}
+
+__global__ void spread(uint8_t *to, const uint8_t *from, size_t bytes, size_t total) {
+  for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 16; i < total; i += size_t(gridDim.x) * blockDim.x * 16)
+    *reinterpret_cast<uint4 *>(to + i) = *reinterpret_cast<const uint4 *>(from + i % bytes);
+}
+
+static void bench(const File &f, int batch, int context, int group, double copy) {
+  const int d = int(f.t.head_dim), heads = int(f.heads), per = context / kBlock, blocks = batch * per;
+  const size_t layer = size_t(blocks) * heads * f.t.page_bytes;
+  const int layers = int(std::min<size_t>(16, std::max<size_t>(2, (size_t(400) << 20) / layer + 1)));
+  Device<uint8_t> tables(f.tables), sample(f.pages), pages(layer * layers);
+  spread<<<4096, 256>>>(pages.p, sample.p, f.pages.size(), layer * layers);
+  std::mt19937_64 random(7);
+  std::vector<int> order(blocks), table(blocks), start(batch + 1), lens(batch, context + 1), plan(plan_size(batch, 0));
+  for (int i = 0; i < blocks; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), random);
+  const int stride = per + 1;
+  table.assign(size_t(batch) * stride, 0);
+  std::vector<int> slot(blocks + batch, -1);
+  for (int s = 0; s < batch; ++s) {
+    for (int b = 0; b < per; ++b) table[s * stride + b] = order[s * per + b];
+    table[s * stride + per] = blocks + s;
+    slot[blocks + s] = s;
+    start[s + 1] = s + 1;
+    plan[plan_cumulative(0) + s + 1] = (s + 1) * (per + 1);
+  }
+  std::normal_distribution<float> normal;
+  std::vector<uint16_t> q(size_t(batch) * heads * group * d), pool(size_t(batch) * 2 * heads * kBlock * d);
+  for (auto &x : q) x = to_bf16(normal(random));
+  for (auto &x : pool) x = to_bf16(normal(random));
+  const Launch launch(d, f.quantizer(), group, int(f.t.page_bytes));
+  Device<uint16_t> d_q(q), d_pool(pool), d_out(q.size());
+  Device<int> d_table(table), d_slot(slot), d_start(start), d_lens(lens), d_plan(plan);
+  Device<float> work(launch.workspace(d, batch * heads), 0);
+  Device<int> count(size_t(launch.chunks) * batch * heads, 0);
+  AttendParams p = {};
+  p.tables = reinterpret_cast<const Tables *>(tables.p);
+  p.page_head_stride = f.t.page_bytes;
+  p.page_block_stride = int64_t(heads) * f.t.page_bytes;
+  p.q = d_q.p, p.out = d_out.p;
+  p.q_token_stride = p.out_token_stride = int64_t(heads) * group * d;
+  p.q_head_stride = p.out_head_stride = d;
+  p.open_blocks = d_pool.p, p.open_slot = d_slot.p, p.block_table = d_table.p, p.block_table_stride = stride;
+  p.query_start = d_start.p, p.seq_lens = d_lens.p, p.plan = d_plan.p;
+  p.workspace = work.p, p.counters = count.p;
+  p.num_seqs = batch, p.num_kv_heads = heads, p.group = group, p.layer = int(f.layer);
+  p.scale = float(1.0 / std::sqrt(double(d)));
+  cudaStream_t s;
+  CUDA(cudaStreamCreate(&s));
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal));
+  for (int l = 0; l < layers; ++l) {
+    p.pages = pages.p + layer * l;
+    launch.run(p, s);
+  }
+  CUDA(cudaStreamEndCapture(s, &graph));
+  CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  cudaEvent_t e0, e1;
+  CUDA(cudaEventCreate(&e0));
+  CUDA(cudaEventCreate(&e1));
+  std::vector<double> us;
+  for (int i = 0; i < 24; ++i) {
+    CUDA(cudaEventRecord(e0, s));
+    CUDA(cudaGraphLaunch(exec, s));
+    CUDA(cudaEventRecord(e1, s));
+    CUDA(cudaEventSynchronize(e1));
+    float ms;
+    CUDA(cudaEventElapsedTime(&ms, e0, e1));
+    if (i >= 4) us.push_back(ms * 1000 / layers);
+  }
+  std::sort(us.begin(), us.end());
+  const double t = us[us.size() / 2], gb = layer / t / 1e3;
+  const double bf16 = 4.0 * blocks * kBlock * heads * d / (copy * 1e3);
+  printf("%-30s batch %3d context %6d group %2d: %8.2f us (%.2f..%.2f)  %6.0f GB/s of pages, %.1f %% of copy, %.2fx bf16 at copy speed, %d stages\n",
+         f.name.c_str(), batch, context, group, t, us[0], us.back(), gb, 100 * gb / copy, bf16 / t, launch.stages);
+  fflush(stdout);
+  CUDA(cudaGraphExecDestroy(exec));
+  CUDA(cudaGraphDestroy(graph));
+  CUDA(cudaStreamDestroy(s));
+}
+
+int main(int argc, char **argv) {
+  const std::string mode = argc > 2 ? argv[1] : "";
+  if (mode != "check" && mode != "small" && mode != "bench") {
+    fprintf(stderr, "usage: attend_gpu check|small|bench FILE...\n");
+    return 1;
+  }
+  std::vector<File> files;
+  for (int i = 2; i < argc; ++i) files.emplace_back(argv[i]);
+  if (mode != "bench") return check_all(files, mode == "small");
+  const double copy = copy_bandwidth();
+  printf("copy: %.0f GB/s\n", copy);
+  for (const File &f : files) {
+    bench(f, 64, 8192, 4, copy);
+    bench(f, 32, 32768, 4, copy);
+    bench(f, 1, 131072, 4, copy);
+    bench(f, 1, 8192, 4, copy);
+    bench(f, 1, 1024, 4, copy);
+    bench(f, 256, 1024, 4, copy);
+    bench(f, 64, 8192, 8, copy);
+  }
+  return 0;
+}
