@@ -14,7 +14,7 @@ constexpr int blocks_per_sm() {
   extern "C" __global__ void __launch_bounds__(AttendShape<D>::kThreads, (blocks_per_sm<D, Q, ROWS>()))      \
       kakeya_attend_d##D##_##NAME##_r##ROWS(const __grid_constant__ AttendParams p, uint32_t stages) {       \
     extern __shared__ __align__(128) uint8_t memory[];                                                       \
-    Attend<D, Q, ROWS>(p, memory, stages).run();                                                             \
+    Attend<D, Q, ROWS>(p, memory, stages, lane_index()).run();                                                             \
   }
 #define KAKEYA_ATTEND_ROWS(D, Q, NAME) \
   KAKEYA_ATTEND(D, Q, NAME, 4)         \

@@ -15,9 +15,9 @@
 // list of widths has to be known at compile time. Codes are never rotated or scaled: block scales ride in the query and
 // in the page's own accumulators.
 //
-// Columns of a matrix product are query rows. With up to four rows (kRows = 4) columns 0..3 hold the query's values in
-// fp16 and columns 4..7 what fp16 left over, so the query is good to 22 bits at no cost. The products with the means are
-// always split that way: means reach 358.
+// Columns of a matrix product are query rows. With up to four rows column 2r holds row r's values in fp16 and column
+// 2r + 1 what fp16 left over, so the query is good to 22 bits at no cost, and one thread holds both sums. The products
+// with the means are always split in two: means reach 358.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -50,7 +50,9 @@ struct AttendShape {
 
 template <int ROWS>
 struct AttendRows {
-  static constexpr bool kSplit = ROWS == 4;               // columns 4..7 carry low parts
+  static constexpr bool kSplit = ROWS == 4;               // odd columns carry low parts
+  static constexpr int kColumns = kSplit ? 1 : 2;         // rows of a thread's two columns
+  static constexpr int kScoreColumns = kSplit ? 4 : 8;    // rows of a token's scores in shared memory
   static constexpr int kTiles = ROWS == 16 ? 2 : 1;       // 8-column tiles of the products with codes
   static constexpr int kMeanTiles = kSplit ? 1 : 2 * kTiles;  // high parts, then low parts
   static constexpr int kPerThread = ROWS / 4;             // rows that a thread prepares
@@ -61,8 +63,8 @@ template <int D, int ROWS>
 struct AttendShared {
   using S = AttendShape<D>;
   using R = AttendRows<ROWS>;
-  static constexpr int kScores = 0;  // f32 [tile][unit][128][8]
-  static constexpr int kQuery = kScores + R::kTiles * S::kUnits * kBlock * 8 * 4;  // 2 x f16 [tile][unit][lane][..]
+  static constexpr int kScores = 0;  // f32 [tile][unit][128][kScoreColumns]
+  static constexpr int kQuery = kScores + R::kTiles * S::kUnits * kBlock * R::kScoreColumns * 4;  // 2 x f16 [tile][unit][lane][..]
   static constexpr int kQueryBytes = R::kTiles * D * 8 * 2;
   static constexpr int kMean = kQuery + 2 * kQueryBytes;  // 2 x f16 [tile][unit][lane][..]
   static constexpr int kMeanBytes = R::kMeanTiles * D * 8 * 2;
@@ -74,6 +76,7 @@ struct AttendShared {
   static constexpr int kMax = kRawQuery + kQueryBytes;               // f32 [warp][16]
   static constexpr int kBarriers = kMax + S::kWarps * 16 * 4;        // u64 [16]
   static constexpr int kFlag = kBarriers + 128;
+  static constexpr int kFetch = kFlag + 16;  // AttendFetch
   static constexpr int kStages = kFlag + 128;
 };
 
@@ -120,6 +123,9 @@ KAKEYA_D void sts_u16(uint32_t a, uint32_t x) {
 KAKEYA_D void sts_u32(uint32_t a, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(x) : "memory");
 }
+KAKEYA_D void sts_u64(uint32_t a, uint32_t x, uint32_t y) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(a), "r"(x), "r"(y) : "memory");
+}
 KAKEYA_D void sts_f32(uint32_t a, float x) {
   sts_u32(a, __float_as_uint(x));
 }
@@ -128,13 +134,13 @@ KAKEYA_D void sts_f32x2(uint32_t a, float x, float y) {
 }
 
 KAKEYA_D void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 KAKEYA_D void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a0), "r"(a1), "r"(b0));
 }
@@ -142,7 +148,7 @@ KAKEYA_D void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
 KAKEYA_D void mma_element(bool f16, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                           uint32_t b1) {
   if (f16) return mma(c, a0, a1, a2, a3, b0, b1);
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -189,6 +195,12 @@ KAKEYA_D uint32_t half_fma(uint32_t a, uint32_t b, uint32_t c) {
 }
 KAKEYA_D float clamp_half(float x) {
   return fminf(fmaxf(x, -kHalfMax), kHalfMax);
+}
+// Lane of this thread; volatile, so that the compiler keeps it instead of computing it again and again.
+KAKEYA_D int lane_index() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));
+  return int(x);
 }
 KAKEYA_D float power2(int e) {
   return __int_as_float((127 + e) << 23);
@@ -289,15 +301,35 @@ KAKEYA_D uint32_t code_field(const LaneWords &w) {
   return field<W, M, C>(w);
 }
 
+// What a lane reads of a unit. `path` is the trellis's path word and, above it, the one of the chain's unit before.
+struct UnitWords {
+  LaneWords w;
+  uint32_t path;
+};
+
 // The codes of a lane's unit as half2 registers f[class][m]. Uniform: fp16 subnormals code * 2^(bit - 24). Others:
 // points of the alphabet, unit variance.
 template <int Q, int W, bool NARROW>
 struct Dequant {
-  // `previous`: shared address of the path plane of the chain's unit before, or 0. `alpha`, `beta`: half2 constants.
-  static KAKEYA_D void run(uint32_t (&f)[4][2], uint32_t unit, uint32_t previous, int lane, uint32_t alpha,
-                           uint32_t beta) {
+  // `unit`: shared address. `back`: how far before it the path of the chain's unit before lies; 0: the chain's start.
+  static KAKEYA_D UnitWords load(uint32_t unit, uint32_t back, int lane) {
+    UnitWords x;
+    if constexpr (Q == kTrellis) {
+      x.path = lds_u16(unit + 2 * lane);
+      if (back) x.path |= lds_u16(unit - back + 2 * lane) << 16;
+      x.w = {0, 0, 0};
+      if constexpr (W > 1) x.w = lane_words<(W > 1 ? W - 1 : 1)>(unit + 64, lane);
+    } else {
+      x.path = 0;
+      x.w = lane_words<W>(unit, lane);
+    }
+    return x;
+  }
+
+  // `alpha`, `beta`: half2 constants of the width's alphabet.
+  static KAKEYA_D void run(uint32_t (&f)[4][2], const UnitWords &x, uint32_t alpha, uint32_t beta) {
+    const LaneWords &w = x.w;
     if constexpr (Q == kUniform) {
-      const LaneWords w = lane_words<W>(unit, lane);
       f[0][0] = code_field<W, 0, 0, NARROW>(w);
       f[0][1] = code_field<W, 1, 0, NARROW>(w);
       f[1][0] = code_field<W, 0, 1, NARROW>(w);
@@ -307,7 +339,6 @@ struct Dequant {
       f[3][0] = code_field<W, 0, 3, NARROW>(w);
       f[3][1] = code_field<W, 1, 3, NARROW>(w);
     } else if constexpr (Q == kCubic) {
-      const LaneWords w = lane_words<W>(unit, lane);
       cubic<0, 0>(f, w, alpha, beta);
       cubic<0, 1>(f, w, alpha, beta);
       cubic<1, 0>(f, w, alpha, beta);
@@ -317,11 +348,8 @@ struct Dequant {
       cubic<3, 0>(f, w, alpha, beta);
       cubic<3, 1>(f, w, alpha, beta);
     } else {
-      const uint32_t past = previous ? lds_u16(previous + 2 * lane) >> 13 : 0u;
-      const uint32_t window = trellis_window(lds_u16(unit + 2 * lane), past);
+      const uint32_t window = trellis_window(x.path & 0xffffu, x.path >> 29);
       const uint32_t z1 = spread_bytes(trellis_z1(window)), z0 = spread_bytes(trellis_z0(window));
-      LaneWords w = {0, 0, 0};
-      if constexpr (W > 1) w = lane_words<(W > 1 ? W - 1 : 1)>(unit + 64, lane);
       trellis<0, 0>(f, w, z1, z0, alpha, beta);
       trellis<0, 1>(f, w, z1, z0, alpha, beta);
       trellis<1, 0>(f, w, z1, z0, alpha, beta);
@@ -375,21 +403,33 @@ struct AttendCursor {
   int sequence, head, unit, units, pages;
 };
 
+// State of the transfers: the next sealed page, and where it goes.
+struct AttendFetch {
+  AttendCursor cursor;
+  int stage;
+  int64_t at;
+  const uint8_t *page;  // none: nothing is left
+};
+
 template <int D, int Q, int ROWS>
 struct Attend {
   using S = AttendShape<D>;
   using R = AttendRows<ROWS>;
   using M = AttendShared<D, ROWS>;
   static constexpr bool kNarrow = S::kUnitChannels == 16;
-  static constexpr int NB = R::kTiles;
+  static constexpr int NB = R::kTiles, NC = R::kColumns;
   static constexpr int kRegs = 2 * S::kTiles;  // query registers of a lane, unit and tile
-  static constexpr int kSums = 1024 / S::kThreads;  // partial scores of a thread and tile
-  static constexpr int kScores = R::kSplit ? kSums / 2 : kSums * NB;  // probabilities of a thread
+  static constexpr int kSums = kBlock * R::kScoreColumns / S::kThreads;  // rows of a tile whose scores a thread sums
+  static constexpr int kScores = kSums * NB;                             // probabilities of a thread
+  static constexpr int kTokenLanes = R::kScoreColumns / kSums;           // lanes that share a token
   // Uniform scores come out 2^-20 too small: codes are subnormals c 2^(bit - 24), queries carry 2^(4 - bit).
   static constexpr float kScoreUnit = Q == kUniform ? 1048576.0f : 1.0f;
   // The table of offsets is scaled to that: 2^-13 keeps its values exact, the coefficients take the other 2^-7.
   static constexpr float kTableScale = Q == kUniform ? 1.0f / 8192.0f : 1.0f;
   static constexpr float kMeanScale = Q == kUniform ? 1.0f / 128.0f : 1.0f;
+  static constexpr uint32_t kTileBytes = D * 8 * 2;
+  // Registers of query and mean: from a row's high part to its low part, flip these bits of the address.
+  static constexpr uint32_t kLowFlip = R::kSplit ? 4 * kRegs * 4 : 0;
 
   const AttendParams &p;
   const Tables &t;
@@ -398,37 +438,42 @@ struct Attend {
   const int *cumulative;
   int64_t begin, end;
   const int chunk_row;
-  const uint32_t stage_bytes, stages;
-  const int pairs;
+  const uint32_t stage_bytes;
+  const int stages, pairs;
   const bool calibrated;
-  const float *turn_cos, *turn_sin;  // of this thread's pair
+#if KAKEYA_BULK
+  AttendFetch &fetch;  // thread 0 alone reads and writes it: shared memory costs the others no registers
+#else
+  AttendFetch fetch;
+#endif
 
   // Values of a segment: one head of one sequence.
   int k_width, v_width;
-  uint32_t k_unit, v_unit, k_stride, v_stride;      // offsets in a page, bytes from group to group
-  uint32_t k_previous, v_previous;                  // trellis: path of the unit before, relative; 0: none
+  uint32_t k_unit, v_unit, k_stride, v_stride;  // offsets in a page, bytes from group to group
+  uint32_t k_back, v_back;                      // trellis: how far back the path of the unit before lies
   uint32_t k_alpha, k_beta, v_alpha, v_beta;
+  float k_undo, v_undo;  // from units of codes to deviations
   uint32_t side, slots, num_slots;
   float stat_mean, stat_step, stat_scale, stat_zero;
-  int stat_index, value_at;
-  uint32_t query_a, query_b, mean_at;
+  int stat_index;
+  uint32_t query_at, other_at;  // (a, b), (mean, value): two places each
   float qa[R::kPerThread], qb[R::kPerThread];
   float next_cos, next_sin;
 
-  uint32_t table[4][S::kUnitPairs / 8][4];
+  uint32_t table[4][S::kTiles][4];
 
-  float out[NB][S::kTiles][4];
+  float out[NB][S::kTiles][2][NC];
   float raw[NB][S::kTiles][4];
-  float sum[NB][2];        // of probabilities, this thread's columns
-  float peak[kScores];     // shared maximum of each of this thread's probabilities' rows
-  float column_peak[NB][2];
+  float sum[NB][NC];    // of probabilities, this thread's rows
+  float peak[kScores];  // shared maximum of each of this thread's probabilities' rows
+  float column_peak[NB][NC];
 
-  KAKEYA_D Attend(const AttendParams &p, uint8_t *memory, uint32_t stages)
+  KAKEYA_D Attend(const AttendParams &p, uint8_t *memory, uint32_t stages, int lane)
       : p(p),
         t(*p.tables),
         thread(int(threadIdx.x)),
-        lane(thread & 31),
-        warp(thread >> 5),
+        lane(lane),
+        warp(__shfl_sync(~0u, thread >> 5, 0)),  // the same for all lanes, and the compiler may know
         g(lane >> 2),
         t4(lane & 3),
         unit(warp % S::kUnits),
@@ -437,11 +482,15 @@ struct Attend {
         cumulative(p.plan + plan_cumulative(p.max_tasks)),
         chunk_row(int(blockIdx.y) * ROWS),
         stage_bytes(t.page_bytes),
-        stages(stages),
+        stages(int(stages)),
         pairs(int(t.pairs)),
-        calibrated(t.calibrated != 0),
-        turn_cos(t.at<float>(t.centre_cos) + (thread >> 2)),
-        turn_sin(t.at<float>(t.centre_sin) + (thread >> 2)) {}
+        calibrated(t.calibrated != 0)
+#if KAKEYA_BULK
+        ,
+        fetch(*reinterpret_cast<AttendFetch *>(memory + M::kFetch))
+#endif
+  {
+  }
 
   // ---- work list -----------------------------------------------------------------------------------------------------
 
@@ -454,7 +503,7 @@ struct Attend {
 
   // The unit at place `at` of the list.
   KAKEYA_D AttendCursor seek(int64_t at) const {
-    int lo = 0, hi = p.num_seqs - 1;  // last sequence that begins at or before `at` and is not empty
+    int lo = 0, hi = p.num_seqs - 1;  // last sequence that begins at or before `at`
     while (lo < hi) {
       const int mid = (lo + hi + 1) / 2;
       if (int64_t(cumulative[mid]) * p.num_kv_heads <= at)
@@ -473,74 +522,61 @@ struct Attend {
   }
 
   // ---- transfers -----------------------------------------------------------------------------------------------------
-  // Thread 0 keeps a cursor of its own, ahead of the others: only sealed pages take a stage.
 
-  int64_t fetch_at;
-  AttendCursor fetch;
-  const uint8_t *fetch_page;
-  uint32_t fetched;
-
-  KAKEYA_D void fetch_seek(int64_t at) {
-    fetch_at = at;
-    if (at < end) {
-      fetch = seek(at);
-      fetch_resolve();
-    } else {
-      fetch_page = nullptr;
-    }
+  KAKEYA_D void fetch_begin() {
+    fetch.stage = 0;
+    fetch.at = begin;
+    fetch.cursor = seek(begin);
+    fetch_resolve();
   }
   // Goes on to the next sealed page from the cursor's own place, and looks up where it is.
   KAKEYA_D void fetch_resolve() {
-    while (fetch.unit >= fetch.pages || rows_of(fetch.sequence) <= chunk_row) {
-      fetch_at += fetch.units - fetch.unit;
-      if (fetch_at >= end) {
-        fetch_page = nullptr;
+    while (fetch.cursor.unit >= fetch.cursor.pages || rows_of(fetch.cursor.sequence) <= chunk_row) {
+      fetch.at += fetch.cursor.units - fetch.cursor.unit;
+      if (fetch.at >= end) {
+        fetch.page = nullptr;
         return;
       }
-      fetch = seek(fetch_at);
+      fetch.cursor = seek(fetch.at);
     }
-    const int block = __ldg(p.block_table + fetch.sequence * p.block_table_stride + fetch.unit);
-    fetch_page = p.pages + block * p.page_block_stride + fetch.head * p.page_head_stride;
+    const AttendCursor &c = fetch.cursor;
+    const int block = __ldg(p.block_table + c.sequence * p.block_table_stride + c.unit);
+    fetch.page = p.pages + block * p.page_block_stride + c.head * p.page_head_stride;
   }
   KAKEYA_D void fetch_next() {
-    ++fetch_at;
-    ++fetch.unit;
-    if (fetch_at >= end) {
-      fetch_page = nullptr;
+    if (++fetch.at >= end) {
+      fetch.page = nullptr;
       return;
     }
-    if (fetch.unit == fetch.units) fetch = seek(fetch_at);
+    if (++fetch.cursor.unit == fetch.cursor.units) fetch.cursor = seek(fetch.at);
     fetch_resolve();
   }
-  KAKEYA_D uint32_t stage_at(uint32_t stage) const {
+  KAKEYA_D uint32_t stage_at(int stage) const {
     return shared + M::kStages + stage * stage_bytes;
   }
-  // Starts the transfer of the next sealed page, if there is one. On sm_90 thread 0 alone calls this.
-  KAKEYA_D void fetch_page_now() {
+  // Starts the transfer of the next sealed page, if there is one. From sm_90 on thread 0 alone calls this.
+  KAKEYA_D void fetch_page() {
+    if (fetch.page) {
+      const uint32_t dst = stage_at(fetch.stage);
 #if KAKEYA_BULK
-    if (fetch_page) {
-      const uint32_t stage = fetched % stages;
-      bulk_load(stage_at(stage), fetch_page, stage_bytes, shared + M::kBarriers + 8 * stage);
-      ++fetched;
-      fetch_next();
-    }
+      bulk_load(dst, fetch.page, stage_bytes, shared + M::kBarriers + 8 * fetch.stage);
 #else
-    if (fetch_page) {
-      const uint32_t dst = stage_at(fetched % stages);
       for (uint32_t i = 16 * thread; i < stage_bytes; i += 16 * S::kThreads)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst + i), "l"(fetch_page + i) : "memory");
-      ++fetched;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst + i), "l"(fetch.page + i) : "memory");
+#endif
+      if (++fetch.stage == stages) fetch.stage = 0;
       fetch_next();
     }
+#if !KAKEYA_BULK
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
   }
-  // Waits until page `page` (counted from this block's first) is there. Before sm_90 a barrier must follow.
-  KAKEYA_D void await_page(uint32_t page) const {
+  // Waits until a page is there. Before sm_90 a barrier must follow.
+  KAKEYA_D void await_page(int stage, uint32_t parity) const {
 #if KAKEYA_BULK
-    barrier_wait(shared + M::kBarriers + 8 * (page % stages), page / stages & 1);
+    barrier_wait(shared + M::kBarriers + 8 * stage, parity);
 #else
-    // Groups complete in order; the pages ahead of this one may still be under way.
+    // Groups complete in order; one ahead of the page may still be under way.
     asm volatile("cp.async.wait_group 1;" ::: "memory");
 #endif
   }
@@ -554,59 +590,72 @@ struct Attend {
     return __uint_as_float(t.at<uint32_t>(t.grids)[4 * width + 1]);
   }
 
-  // Offset from a stream's start, and the last path before it, of unit u.
-  KAKEYA_D void find_unit(const uint8_t *widths, int u, uint32_t &offset, uint32_t &total, uint32_t &previous) const {
-    offset = total = 0;
-    previous = 0;
+  // Offset of unit u from its group's start, bytes of all of a group's units, and how far before u the last unit with
+  // codes begins (0: there is none).
+  KAKEYA_D void find_unit(const uint8_t *widths, int u, uint32_t &offset, uint32_t &total, uint32_t &back) const {
+    offset = total = back = 0;
     for (int i = 0; i < S::kUnits; ++i) {
-      if (i == u) offset = 64 * total;
-      if (i < u && widths[i]) previous = 64 * total + 1;  // + 1: none is 0
-      total += widths[i];
+      if (i == u) offset = total;
+      if (i < u && widths[i]) back = total + 1;
+      total += 64 * widths[i];
     }
-    // Relative to the unit's own offset: how far back.
-    previous = previous ? offset - (previous - 1) : 0;
+    back = back ? offset - (back - 1) : 0;
   }
 
-  KAKEYA_D float load_element(const void *base, int64_t at) const {
-    return p.element == kF16 ? __half2float(static_cast<const __half *>(base)[at])
-                      : __bfloat162float(static_cast<const __nv_bfloat16 *>(base)[at]);
-  }
   KAKEYA_D bool is_f16() const {
     return p.element == kF16;
+  }
+  KAKEYA_D float load_element(const void *base, int64_t at) const {
+    return is_f16() ? __half2float(static_cast<const __half *>(base)[at])
+                    : __bfloat162float(static_cast<const __nv_bfloat16 *>(base)[at]);
   }
 
   // Canonical channels of pair f: the pair's own if it rotates, else two that do not.
   KAKEYA_D int2 pair_channels(int f) const {
-    const int h = pairs;
-    return f < h ? make_int2(f, f + h) : make_int2(2 * f, 2 * f + 1);
+    return f < pairs ? make_int2(f, f + pairs) : make_int2(2 * f, 2 * f + 1);
   }
-  // Place of (channel position, column) in query registers: bytes from their start.
+
+  // Where the registers of (column, t') lie among a unit's 32: plain order would put the four rows of a channel into one
+  // bank when they are stored. Lanes still read 128 neighbouring bytes at a time.
+  static KAKEYA_D int register_slot(int column, int t) {
+    const int r = column >> 1;
+    return 8 * r + 4 * ((column & 1) ^ (r >> 1 & 1)) + (t ^ (r & 3));
+  }
+  // Byte of (code position, column) in query registers.
   static KAKEYA_D uint32_t query_place(int position, int column) {
     const int u = position / S::kUnitChannels, i = position % S::kUnitChannels;
-    return uint32_t((u * 32 + column * 4 + (i & 7) / 2) * kRegs * 4 + (i >> 3) * 4 + (i & 1) * 2);
+    return uint32_t((u * 32 + register_slot(column, (i & 7) / 2)) * kRegs * 4 + (i >> 3) * 4 + (i & 1) * 2);
   }
-  static constexpr uint32_t kTileBytes = D * 8 * 2;
+  // Byte of (channel pair, column) in the mean's registers: a register holds the pair's cosine and sine coefficients.
+  static KAKEYA_D uint32_t mean_place(int f, int column) {
+    const int u = f / S::kUnitPairs, i = f % S::kUnitPairs;
+    return uint32_t((u * 32 + register_slot(column, i & 3)) * kRegs * 4 + (i >> 2) * 4);
+  }
+  // From row r's place to row r + 4's, where rows are columns.
+  static KAKEYA_D uint32_t four_rows_on(uint32_t place) {
+    return (place ^ 6 * kRegs * 4) + 16 * kRegs * 4;
+  }
 
   KAKEYA_D void begin_segment(const AttendCursor &c) {
-    const int head = p.first_head + c.head;
-    const HeadView h = head_view(t, p.layer, head);
+    const HeadView h = head_view(t, p.layer, p.first_head + c.head);
     const LayerLayout layout = t.at<LayerLayout>(t.layers)[p.layer];
     side = layout.side_offset;
     slots = layout.slots_offset;
     num_slots = layout.num_slots;
     constexpr uint32_t groups = kBlock / S::kUnitTokens;
-    uint32_t total;
-    const int vu = S::kUnits - 1 - unit;  // a wide K unit goes with a narrow V unit
-    find_unit(h.k.widths, unit, k_unit, total, k_previous);
+    const int vu = value_unit();
+    find_unit(h.k.widths, unit, k_unit, k_stride, k_back);
     k_width = h.k.widths[unit];
-    k_stride = 64 * total;
     k_unit += kHeader + half * S::kGroups * k_stride;
     const uint32_t v_start = kHeader + groups * k_stride;
-    find_unit(h.v.widths, vu, v_unit, total, v_previous);
+    find_unit(h.v.widths, vu, v_unit, v_stride, v_back);
     v_width = h.v.widths[vu];
-    v_stride = 64 * total;
     v_unit += v_start + half * S::kGroups * v_stride;
-    if constexpr (Q != kUniform) {
+    k_undo = v_undo = 1.0f;
+    if constexpr (Q == kUniform) {
+      if (k_width) k_undo = power2(k_width - 1) / grid_alpha(k_width);
+      if (v_width) v_undo = power2(v_width - 1) / grid_alpha(v_width);
+    } else {
       k_alpha = pack_half(grid_alpha(k_width), grid_alpha(k_width));
       k_beta = pack_half(grid_beta(k_width), grid_beta(k_width));
       v_alpha = pack_half(grid_alpha(v_width), grid_alpha(v_width));
@@ -637,11 +686,9 @@ struct Attend {
           stat_zero = -0.5f * float((1 << w) - 1) * power2(bit - 24);
         }
       }
-      value_at = position * 8;
-      query_a = query_place(h.k.position[pair.x], role);
-      query_b = query_place(h.k.position[pair.y], role);
-      const int u = f / S::kUnitPairs, i = f % S::kUnitPairs;
-      mean_at = uint32_t((u * 32 + role * 4 + (i & 7) / 2) * kRegs * 4 + (i & 1) * 2 + (S::kTiles == 2 ? (i >> 3) * 4 : 0));
+      const int column = R::kSplit ? 2 * role : role;
+      query_at = query_place(h.k.position[pair.x], column) | query_place(h.k.position[pair.y], column) << 16;
+      other_at = mean_place(f, column) | uint32_t(position * 8) << 16;
       // The query, natural channels, in units of log2.
       const uint16_t *natural = t.at<uint16_t>(t.natural);
       const int rows = rows_of(c.sequence);
@@ -659,18 +706,21 @@ struct Attend {
       }
     }
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n) {
-      sum[n][0] = sum[n][1] = 0.0f;
-      column_peak[n][0] = column_peak[n][1] = kNoScore;
+    for (int n = 0; n < NB; ++n)
       KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i)
+      for (int e = 0; e < NC; ++e) {
+        sum[n][e] = 0.0f;
+        column_peak[n][e] = kNoScore;
         KAKEYA_UNROLL
-        for (int e = 0; e < 4; ++e) out[n][i][e] = 0.0f;
-    }
+        for (int i = 0; i < S::kTiles; ++i) out[n][i][0][e] = out[n][i][1][e] = 0.0f;
+      }
     KAKEYA_UNROLL
     for (int e = 0; e < kScores; ++e) peak[e] = kNoScore;
-    // Columns that no page writes must be zero; an open block of the segment before has written them.
-    for (int i = thread; i < R::kMeanTiles * M::kProbBytes / 4; i += S::kThreads) sts_u32(shared + M::kProb + 4 * i, 0);
+  }
+
+  // A wide K unit goes with a narrow V unit: channels are in falling order of width.
+  KAKEYA_D int value_unit() const {
+    return S::kUnits - 1 - unit;
   }
 
   // cos and sin of the turn to block n's centre, for the pair of this thread.
@@ -678,20 +728,26 @@ struct Attend {
     next_cos = 1.0f;
     next_sin = 0.0f;
     if (thread < 2 * D && thread >> 2 < pairs) {
-      next_cos = __ldg(turn_cos + n * pairs);
-      next_sin = __ldg(turn_sin + n * pairs);
+      const int at = n * pairs + (thread >> 2);
+      next_cos = __ldg(t.at<float>(t.centre_cos) + at);
+      next_sin = __ldg(t.at<float>(t.centre_sin) + at);
     }
   }
 
-  // Query registers of a row: high part at column role, and the low part where columns are free for it.
-  static KAKEYA_D void store_split(uint32_t a, uint32_t low_offset, float x) {
-    const float c = clamp_half(x);
-    const __half high = __float2half_rn(c);
-    sts_u16(a, __half_as_ushort(high));
-    sts_u16(a + low_offset, __half_as_ushort(__float2half_rn(c - __half2float(high))));
+  // Two values as fp16: stored in one register `a`, or in two of 16 bits `a` and `b`; returns what fp16 left over.
+  static KAKEYA_D float2 store_pair(uint32_t a, float x, float y) {
+    const uint32_t h = pack_half(x, y);
+    sts_u32(a, h);
+    return make_float2(x - half_low(h), y - half_high(h));
+  }
+  static KAKEYA_D float2 store_two(uint32_t a, uint32_t b, float x, float y) {
+    const uint32_t h = pack_half(x, y);
+    sts_u16(a, h);
+    sts_u16(b, h >> 16);
+    return make_float2(x - half_low(h), y - half_high(h));
   }
 
-  // Prepares page `page` at shared address `at`: reads its statistics, writes query, mean and value registers of buffer
+  // Prepares the page at shared address `at`: reads its statistics, writes query, mean and value registers of buffer
   // `buffer`. Threads in fours share a channel pair of K and two channels of V; each of the four also has its rows.
   KAKEYA_D void prepare(uint32_t at, uint32_t buffer) {
     if (thread >= 2 * D) return;
@@ -710,34 +766,27 @@ struct Attend {
     }
     scale *= stat_scale;
     const float base = stat_mean + mean;
-    const int role = thread & 3;
-    if (role >= 2) {
-      const uint32_t a = shared + M::kValue + buffer * (D * 8) + value_at;
-      sts_f32x2(a, scale, base + scale * stat_zero);
-    }
+    if (thread & 2) sts_f32x2(shared + M::kValue + buffer * (D * 8) + (other_at >> 16), scale, base + scale * stat_zero);
     const int first = lane & ~3;
     const float scale_a = __shfl_sync(~0u, scale, first), scale_b = __shfl_sync(~0u, scale, first + 1);
     const float base_a = __shfl_sync(~0u, base, first), base_b = __shfl_sync(~0u, base, first + 1);
     const uint32_t query = shared + M::kQuery + buffer * M::kQueryBytes;
-    const uint32_t means = shared + M::kMean + buffer * M::kMeanBytes + mean_at;
+    const uint32_t means = shared + M::kMean + buffer * M::kMeanBytes;
     KAKEYA_UNROLL
     for (int e = 0; e < R::kPerThread; ++e) {
       const float a = qa[e] * next_cos + qb[e] * next_sin, b = qb[e] * next_cos - qa[e] * next_sin;
-      // Row role + 4 e stands in column (role + 4 e) % 8 of tile e / 2: 64 lanes' registers are 16 columns further.
-      const uint32_t column = (e % 2) * (16 * kRegs * 4) + (e / 2) * kTileBytes;
-      const uint32_t low = R::kSplit ? 16 * kRegs * 4 : NB * kTileBytes;
-      if constexpr (R::kSplit) {
-        store_split(query + query_a, low, a * scale_a);
-        store_split(query + query_b, low, b * scale_b);
-      } else {
-        sts_u16(query + query_a + column, __half_as_ushort(__float2half_rn(clamp_half(a * scale_a))));
-        sts_u16(query + query_b + column, __half_as_ushort(__float2half_rn(clamp_half(b * scale_b))));
-      }
+      // Row role + 4 e stands in column (role + 4 e) % 8 of tile e / 2.
+      uint32_t at_a = query_at & 0xffffu, at_b = query_at >> 16, at_m = other_at & 0xffffu;
+      if (e % 2) at_a = four_rows_on(at_a), at_b = four_rows_on(at_b), at_m = four_rows_on(at_m);
+      const uint32_t tile = (e / 2) * kTileBytes;
+      const float2 left =
+          store_two(query + tile + at_a, query + tile + at_b, clamp_half(a * scale_a), clamp_half(b * scale_b));
+      if constexpr (R::kSplit) store_two(query + (at_a ^ kLowFlip), query + (at_b ^ kLowFlip), left.x, left.y);
       // The mean turned by offset o, times the query: cos o (a m_a + b m_b) + sin o (b m_a - a m_b).
-      const float cosine = (a * base_a + b * base_b) * kMeanScale, sine = (b * base_a - a * base_b) * kMeanScale;
-      constexpr uint32_t sine_at = S::kTiles == 2 ? 8 : 4;
-      store_split(means + column, low, cosine);
-      store_split(means + column + sine_at, low, sine);
+      const float2 rest = store_pair(means + tile + at_m, clamp_half((a * base_a + b * base_b) * kMeanScale),
+                                     clamp_half((b * base_a - a * base_b) * kMeanScale));
+      const uint32_t low = R::kSplit ? at_m ^ kLowFlip : at_m + tile + NB * kTileBytes;
+      sts_u32(means + low, pack_half(rest.x, rest.y));
     }
   }
 
@@ -745,22 +794,24 @@ struct Attend {
   KAKEYA_D void prepare_raw(const AttendCursor &c) {
     const int rows = rows_of(c.sequence);
     for (int i = thread; i < NB * 8 * D; i += S::kThreads) {
-      const int row = i / D, channel = i % D;
+      const int column = i / D, channel = i % D;
+      const int row = R::kSplit ? column / 2 : column;
       uint32_t x = 0;
-      if (row < ROWS && chunk_row + row < rows) {
+      if (!(R::kSplit && column % 2) && chunk_row + row < rows) {
         const int r = chunk_row + row;
         const int64_t at = int64_t(p.query_start[c.sequence] + r / p.group) * p.q_token_stride +
                            int64_t(c.head * p.group + r % p.group) * p.q_head_stride + channel;
         x = static_cast<const uint16_t *>(p.q)[at];
       }
-      sts_u16(shared + M::kRawQuery + (row / 8) * kTileBytes + query_place(channel, row % 8), x);
+      sts_u16(shared + M::kRawQuery + (column / 8) * kTileBytes + query_place(channel, column % 8), x);
     }
   }
 
   // ---- scores ----------------------------------------------------------------------------------------------------------
 
-  static KAKEYA_D void load_regs(uint32_t (&r)[kRegs], uint32_t base, int unit, int lane) {
-    const uint32_t a = base + (unit * 32 + lane) * kRegs * 4;
+  // This warp's unit of the registers at `base`.
+  KAKEYA_D void load_regs(uint32_t (&r)[kRegs], uint32_t base) const {
+    const uint32_t a = base + (unit * 32 + register_slot(g, t4)) * kRegs * 4;
     if constexpr (kRegs == 4) {
       const uint4 x = lds_u128(a);
       r[0] = x.x, r[1] = x.y, r[2] = x.z, r[3] = x.w;
@@ -770,47 +821,8 @@ struct Attend {
     }
   }
 
-  template <int W>
-  KAKEYA_D void score_codes(float (&acc)[NB][4][4], const uint32_t (&q)[NB][kRegs], uint32_t page) const {
-    if constexpr (Q == kUniform) {
-      // The codes' zero point, (2^W - 1) / 2 of each: the same for all tokens.
-      float zero[NB][4];
-      KAKEYA_UNROLL
-      for (int n = 0; n < NB; ++n) {
-        zero[n][0] = zero[n][1] = zero[n][2] = zero[n][3] = 0.0f;
-        KAKEYA_UNROLL
-        for (int i = 0; i < S::kTiles; ++i) {
-          const uint32_t z0 = both(half_constant((1 << W) - 1, code_bit(W, 2 * i, kNarrow) - 5));
-          const uint32_t z1 = both(half_constant((1 << W) - 1, code_bit(W, 2 * i + 1, kNarrow) - 5));
-          mma(zero[n], z0, z0, z1, z1, q[n][2 * i], q[n][2 * i + 1]);
-        }
-        KAKEYA_UNROLL
-        for (int m = 0; m < 4; ++m) {
-          acc[n][m][0] = acc[n][m][2] = -zero[n][0] * (1.0f / kScoreUnit);
-          acc[n][m][1] = acc[n][m][3] = -zero[n][1] * (1.0f / kScoreUnit);
-        }
-      }
-    }
-    KAKEYA_UNROLL
-    for (int i = 0; i < S::kGroups; ++i) {
-      const uint32_t at = page + k_unit + i * k_stride;
-      uint32_t f[4][2];
-      Dequant<Q, W, kNarrow>::run(f, at, k_previous ? at - k_previous : 0, lane, k_alpha, k_beta);
-      KAKEYA_UNROLL
-      for (int n = 0; n < NB; ++n) {
-        if constexpr (kNarrow) {
-          mma(acc[n][2 * i], f[0][0], f[0][1], f[1][0], f[1][1], q[n][0], q[n][1]);
-          mma(acc[n][2 * i + 1], f[2][0], f[2][1], f[3][0], f[3][1], q[n][0], q[n][1]);
-        } else {
-          mma(acc[n][i], f[0][0], f[0][1], f[1][0], f[1][1], q[n][0], q[n][1]);
-          mma(acc[n][i], f[2][0], f[2][1], f[3][0], f[3][1], q[n][2], q[n][3]);
-        }
-      }
-    }
-  }
-
   KAKEYA_D uint32_t score_at(int n, int u, int token) const {
-    return shared + M::kScores + ((n * S::kUnits + u) * kBlock + token) * 32;
+    return shared + M::kScores + ((n * S::kUnits + u) * kBlock + token) * (R::kScoreColumns * 4);
   }
 
   KAKEYA_D void store_scores(const float (&acc)[NB][4][4]) const {
@@ -818,50 +830,104 @@ struct Attend {
     for (int n = 0; n < NB; ++n)
       KAKEYA_UNROLL
       for (int m = 0; m < 4; ++m) {
-        const uint32_t a = score_at(n, unit, 64 * half + 16 * m + g) + 8 * t4;
-        sts_f32x2(a, acc[n][m][0], acc[n][m][1]);
-        sts_f32x2(a + 8 * 32, acc[n][m][2], acc[n][m][3]);
+        const uint32_t a = score_at(n, unit, 64 * half + 16 * m + g) + (R::kSplit ? 4 : 8) * t4;
+        if constexpr (R::kSplit) {
+          sts_f32(a, acc[n][m][0] + acc[n][m][1]);
+          sts_f32(a + 8 * 16, acc[n][m][2] + acc[n][m][3]);
+        } else {
+          sts_f32x2(a, acc[n][m][0], acc[n][m][1]);
+          sts_f32x2(a + 8 * 32, acc[n][m][2], acc[n][m][3]);
+        }
       }
   }
 
-  KAKEYA_D void scores(uint32_t page, uint32_t buffer) const {
+  // Partial scores of this warp's unit with width W.
+  template <int W>
+  KAKEYA_D void score_unit(uint32_t page, uint32_t buffer) const {
     uint32_t q[NB][kRegs];
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n)
-      load_regs(q[n], shared + M::kQuery + buffer * M::kQueryBytes + n * kTileBytes, unit, lane);
+    for (int n = 0; n < NB; ++n) load_regs(q[n], shared + M::kQuery + buffer * M::kQueryBytes + n * kTileBytes);
+    UnitWords words[S::kGroups];
+    if constexpr (W > 0) {
+      KAKEYA_UNROLL
+      for (int i = 0; i < S::kGroups; ++i)
+        words[i] = Dequant<Q, W, kNarrow>::load(page + k_unit + i * k_stride, k_back, lane);
+    }
     float acc[NB][4][4];
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n)
       KAKEYA_UNROLL
       for (int m = 0; m < 4; ++m) acc[n][m][0] = acc[n][m][1] = acc[n][m][2] = acc[n][m][3] = 0.0f;
-    switch (k_width) {  // the same for the whole warp and for as long as the head stays
-      case 1: score_codes<1>(acc, q, page); break;
-      case 2: score_codes<2>(acc, q, page); break;
-      case 3: score_codes<3>(acc, q, page); break;
-      case 4: score_codes<4>(acc, q, page); break;
-      case 5: score_codes<5>(acc, q, page); break;
-      case 6: score_codes<6>(acc, q, page); break;
-      default: break;
-    }
     KAKEYA_UNROLL
     for (int n = 0; n < R::kMeanTiles; ++n) {
       uint32_t b[kRegs];
-      load_regs(b, shared + M::kMean + buffer * M::kMeanBytes + n * kTileBytes, unit, lane);
+      load_regs(b, shared + M::kMean + buffer * M::kMeanBytes + n * kTileBytes);
       KAKEYA_UNROLL
       for (int m = 0; m < 4; ++m)
         KAKEYA_UNROLL
         for (int i = 0; i < S::kTiles; ++i)
           mma(acc[n % NB][m], table[m][i][0], table[m][i][1], table[m][i][2], table[m][i][3], b[2 * i], b[2 * i + 1]);
     }
+    if constexpr (W > 0) {
+      KAKEYA_UNROLL
+      for (int i = 0; i < S::kGroups; ++i) {
+        uint32_t f[4][2];
+        Dequant<Q, W, kNarrow>::run(f, words[i], k_alpha, k_beta);
+        KAKEYA_UNROLL
+        for (int n = 0; n < NB; ++n) {
+          if constexpr (kNarrow) {
+            mma(acc[n][2 * i], f[0][0], f[0][1], f[1][0], f[1][1], q[n][0], q[n][1]);
+            mma(acc[n][2 * i + 1], f[2][0], f[2][1], f[3][0], f[3][1], q[n][0], q[n][1]);
+          } else {
+            mma(acc[n][i], f[0][0], f[0][1], f[1][0], f[1][1], q[n][0], q[n][1]);
+            mma(acc[n][i], f[2][0], f[2][1], f[3][0], f[3][1], q[n][2], q[n][3]);
+          }
+        }
+      }
+      if constexpr (Q == kUniform) {
+        // The codes' zero point, (2^W - 1) / 2 of each: the same for all tokens.
+        KAKEYA_UNROLL
+        for (int n = 0; n < NB; ++n) {
+          float zero[4] = {0, 0, 0, 0};
+          KAKEYA_UNROLL
+          for (int i = 0; i < S::kTiles; ++i) {
+            constexpr int m = (1 << W) - 1;
+            const uint32_t z0 = both(half_constant(m, code_bit(W, 2 * i, kNarrow) - 5));
+            const uint32_t z1 = both(half_constant(m, code_bit(W, 2 * i + 1, kNarrow) - 5));
+            mma(zero, z0, z0, z1, z1, q[n][2 * i], q[n][2 * i + 1]);
+          }
+          KAKEYA_UNROLL
+          for (int m = 0; m < 4; ++m)
+            KAKEYA_UNROLL
+            for (int k = 0; k < 4; ++k) acc[n][m][k] = fmaf(zero[k & 1], -1.0f / kScoreUnit, acc[n][m][k]);
+        }
+      }
+    }
     store_scores(acc);
-    const uint32_t used = lds_u8(page + 3);
-    if (used) score_slots(page, q, used);
+    if (num_slots) score_slots<W>(page, q);
   }
 
-  // Adds the exact slots' part to their tokens' partial scores.
-  KAKEYA_D void score_slots(uint32_t page, const uint32_t (&q)[NB][kRegs], uint32_t used) const {
-    const bool mine = uint32_t(g) < used;
-    const uint32_t a = page + slots + (mine ? g : 0) * D + unit * S::kUnitChannels;
+  KAKEYA_D void scores(uint32_t page, uint32_t buffer) const {
+    switch (k_width) {  // the same for the whole warp and for as long as the head stays
+      case 0: return score_unit<0>(page, buffer);
+      case 1: return score_unit<1>(page, buffer);
+      case 2: return score_unit<2>(page, buffer);
+      case 3: return score_unit<3>(page, buffer);
+      case 4: return score_unit<4>(page, buffer);
+      case 5: return score_unit<5>(page, buffer);
+      default: return score_unit<6>(page, buffer);
+    }
+  }
+
+  // Adds the exact slots' part to their tokens' partial scores. Row g of the product is slot g; what rows beyond the
+  // last slot hold does not matter, their token byte says none.
+  template <int W>
+  KAKEYA_D void score_slots(uint32_t page, const uint32_t (&q)[NB][kRegs]) const {
+    const uint32_t slot = min(uint32_t(g), num_slots - 1);
+    const uint32_t a = page + slots + slot * D + unit * S::kUnitChannels;
+    const uint32_t token = lds_u8(page + 8 + g);
+    const float scale = half_low(lds_u16(page + slots + 2 * num_slots * D + 4 * slot)) *
+                        (Q == kUniform ? k_undo * (1.0f / 16777216.0f) : 1.0f);
     uint32_t e[kRegs];
     if constexpr (kNarrow) {
       bytes_to_halves(lds_u32(a + 4 * t4), e[0], e[1]);
@@ -870,28 +936,26 @@ struct Attend {
       bytes_to_halves(w.x, e[0], e[1]);
       bytes_to_halves(w.y, e[2], e[3]);
     }
-    // Undo what uniform queries carry of their codes: 2^(4 - bit) and the step.
-    float undo = 1.0f;
-    if constexpr (Q == kUniform) {
-      const int w = k_width;
-      if (w) {
-        KAKEYA_UNROLL
-        for (int c = 0; c < kRegs; ++c) e[c] = half_mul(e[c], both(half_constant(1, 0)) + (uint32_t(code_bit(w, c, kNarrow)) * 0x04000400u));
-      }
-      undo = (w ? power2(w - 1) / grid_alpha(w) : 1.0f) * power2(-24);
+    if constexpr (Q == kUniform && W > 0) {
+      // Uniform queries carry 2^(4 - bit) of their codes.
+      KAKEYA_UNROLL
+      for (int c = 0; c < kRegs; ++c)
+        if (code_bit(W, c, kNarrow)) e[c] = half_mul(e[c], both(half_constant(1, code_bit(W, c, kNarrow))));
     }
-    const float scale = half_low(lds_u16(page + slots + 2 * num_slots * D + 4 * (mine ? g : 0))) * undo;
-    const uint32_t token = lds_u8(page + 8 + (mine ? g : 0));
     __syncwarp();  // other lanes have stored this token's partial scores
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n) {
       float acc[4] = {0, 0, 0, 0};
       KAKEYA_UNROLL
       for (int i = 0; i < S::kTiles; ++i) mma(acc, e[2 * i], 0, e[2 * i + 1], 0, q[n][2 * i], q[n][2 * i + 1]);
-      if (mine && int(token >> 6) == half) {
-        const uint32_t s = score_at(n, unit, int(token & 127u)) + 8 * t4;
-        const uint2 old = lds_u64(s);
-        sts_f32x2(s, __uint_as_float(old.x) + acc[0] * scale, __uint_as_float(old.y) + acc[1] * scale);
+      if (int(token >> 6) == half) {
+        const uint32_t s = score_at(n, unit, int(token)) + (R::kSplit ? 4 : 8) * t4;
+        if constexpr (R::kSplit) {
+          sts_f32(s, lds_f32(s) + (acc[0] + acc[1]) * scale);
+        } else {
+          const uint2 old = lds_u64(s);
+          sts_f32x2(s, __uint_as_float(old.x) + acc[0] * scale, __uint_as_float(old.y) + acc[1] * scale);
+        }
       }
     }
   }
@@ -900,22 +964,14 @@ struct Attend {
 
   // Token of this thread, and the row of its i-th probability.
   KAKEYA_D int my_token() const {
-    return warp * (kBlock / S::kWarps) + lane / (32 / (kBlock / S::kWarps));
+    return warp * (kBlock / S::kWarps) + lane / kTokenLanes;
   }
   KAKEYA_D int my_row(int i) const {
-    constexpr int lanes = 8 / kSums;  // lanes of a token
-    const int part = lane % lanes;
-    if constexpr (R::kSplit) {
-      if constexpr (kSums == 4) return 2 * part + i;
-      return 2 * (part & 1) + (part >> 1);
-    }
-    return i / kSums * 8 + part * kSums + i % kSums;
+    return i / kSums * 8 + lane % kTokenLanes * kSums + i % kSums;
   }
 
-  // This thread's scores in units of log2: the sum over units, and over high and low columns.
+  // This thread's scores in units of log2: the sum over units.
   KAKEYA_D void gather_scores(float (&s)[kScores], float unit_scale) const {
-    constexpr int lanes = 8 / kSums;
-    const int part = lane % lanes;
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n) {
       float x[kSums];
@@ -923,30 +979,20 @@ struct Attend {
       for (int i = 0; i < kSums; ++i) x[i] = 0.0f;
       KAKEYA_UNROLL
       for (int u = 0; u < S::kUnits; ++u) {
-        const uint32_t a = score_at(n, u, my_token()) + part * kSums * 4;
+        const uint32_t a = score_at(n, u, my_token()) + lane % kTokenLanes * kSums * 4;
         if constexpr (kSums == 4) {
           const uint4 v = lds_u128(a);
           x[0] += __uint_as_float(v.x), x[1] += __uint_as_float(v.y);
           x[2] += __uint_as_float(v.z), x[3] += __uint_as_float(v.w);
-        } else {
+        } else if constexpr (kSums == 2) {
           const uint2 v = lds_u64(a);
           x[0] += __uint_as_float(v.x), x[1] += __uint_as_float(v.y);
+        } else {
+          x[0] += lds_f32(a);
         }
       }
-      if constexpr (!R::kSplit) {
-        KAKEYA_UNROLL
-        for (int i = 0; i < kSums; ++i) s[n * kSums + i] = x[i] * unit_scale;
-      } else if constexpr (kSums == 4) {
-        // Even lanes hold the high columns of rows 0..3, odd lanes the low ones: swap halves.
-        const bool odd = part;
-        const float r0 = __shfl_xor_sync(~0u, odd ? x[0] : x[2], 1), r1 = __shfl_xor_sync(~0u, odd ? x[1] : x[3], 1);
-        s[0] = ((odd ? x[2] : x[0]) + r0) * unit_scale;
-        s[1] = ((odd ? x[3] : x[1]) + r1) * unit_scale;
-      } else {
-        const bool low = part >= 2;
-        const float r = __shfl_xor_sync(~0u, low ? x[0] : x[1], 2);
-        s[0] = ((low ? x[1] : x[0]) + r) * unit_scale;
-      }
+      KAKEYA_UNROLL
+      for (int i = 0; i < kSums; ++i) s[n * kSums + i] = x[i] * unit_scale;
     }
   }
 
@@ -954,14 +1000,17 @@ struct Attend {
     return shared + M::kProb + tile * M::kProbBytes + token * 16;
   }
 
-  // Probabilities of a page: fp16.
+  // Probabilities of a page: fp16, and zeros in the columns of low parts.
   KAKEYA_D void store_probs(const float (&s)[kScores]) const {
     float e[kScores];
     KAKEYA_UNROLL
     for (int i = 0; i < kScores; ++i) e[i] = exp2_fast(s[i] - peak[i]);
     const uint32_t a = prob_at(0, my_token());
-    if constexpr (kScores == 1) {
-      sts_u16(a + 2 * my_row(0), __half_as_ushort(__float2half_rn(e[0])));
+    if constexpr (R::kSplit) {
+      if constexpr (kSums == 2)
+        sts_u64(a + 4 * my_row(0), pack_half(e[0], 0.0f), pack_half(e[kScores - 1], 0.0f));
+      else
+        sts_u32(a + 4 * my_row(0), pack_half(e[0], 0.0f));
     } else {
       KAKEYA_UNROLL
       for (int i = 0; i < kScores; i += 2)
@@ -972,11 +1021,12 @@ struct Attend {
   // Probabilities of an open block: element type, high part and what is left, beside it or in tiles of its own.
   KAKEYA_D void store_raw_probs(const float (&s)[kScores]) const {
     const uint32_t a = prob_at(0, my_token());
-    constexpr uint32_t low = R::kSplit ? 8 : NB * M::kProbBytes;
     KAKEYA_UNROLL
     for (int i = 0; i < kScores; ++i) {
       const float e = exp2_fast(s[i] - peak[i]);
-      const uint32_t at = a + my_row(i) / 8 * M::kProbBytes + my_row(i) % 8 * 2;
+      const int row = my_row(i);
+      const uint32_t at = R::kSplit ? a + 4 * row : a + row / 8 * M::kProbBytes + row % 8 * 2;
+      const uint32_t low = R::kSplit ? 2 : NB * M::kProbBytes;
       if (is_f16()) {
         const __half h = __float2half_rn(e);
         sts_u16(at, __half_as_ushort(h));
@@ -1012,13 +1062,13 @@ struct Attend {
   // A new shared maximum for all rows; sums so far are scaled to it.
   template <bool RAW>
   KAKEYA_D void raise_peak(const float (&s)[kScores]) {
-    constexpr int lanes = 8 / kSums;
     const uint32_t maxima = shared + M::kMax;
     KAKEYA_UNROLL
     for (int i = 0; i < kScores; ++i) {
       float x = s[i];
-      for (int k = lanes; k < 32; k *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, k));
-      if (lane < lanes) sts_f32(maxima + (warp * 16 + my_row(i)) * 4, x);
+      KAKEYA_UNROLL
+      for (int k = kTokenLanes; k < 32; k *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, k));
+      if (lane < kTokenLanes) sts_f32(maxima + (warp * 16 + my_row(i)) * 4, x);
     }
     __syncthreads();
     KAKEYA_UNROLL
@@ -1027,8 +1077,8 @@ struct Attend {
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n)
       KAKEYA_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int column = 2 * t4 + e, row = 8 * n + (R::kSplit ? column & 3 : column);
+      for (int e = 0; e < NC; ++e) {
+        const int row = R::kSplit ? t4 : 8 * n + 2 * t4 + e;
         float x = column_peak[n][e];
         for (int w = 0; w < S::kWarps; ++w) x = fmaxf(x, lds_f32(maxima + (w * 16 + row) * 4));
         const float fade = exp2_fast(column_peak[n][e] - x);
@@ -1036,33 +1086,16 @@ struct Attend {
         sum[n][e] *= fade;
         KAKEYA_UNROLL
         for (int i = 0; i < S::kTiles; ++i) {
-          out[n][i][e] *= fade, out[n][i][e + 2] *= fade;
-          if constexpr (RAW) raw[n][i][e] *= fade, raw[n][i][e + 2] *= fade;
+          out[n][i][0][e] *= fade, out[n][i][1][e] *= fade;
+          if constexpr (RAW) {
+            raw[n][i][e] *= fade, raw[n][i][e + 2] *= fade;
+            if constexpr (R::kSplit) raw[n][i][1] *= fade, raw[n][i][3] *= fade;
+          }
         }
       }
   }
 
   // ---- values ------------------------------------------------------------------------------------------------------------
-
-  template <int W>
-  KAKEYA_D void value_codes(float (&acc)[NB][S::kTiles][4], const uint32_t (&b)[NB][8], uint32_t page) const {
-    KAKEYA_UNROLL
-    for (int i = 0; i < S::kGroups; ++i) {
-      const uint32_t at = page + v_unit + i * v_stride;
-      uint32_t f[4][2];
-      Dequant<Q, W, kNarrow>::run(f, at, v_previous ? at - v_previous : 0, lane, v_alpha, v_beta);
-      KAKEYA_UNROLL
-      for (int n = 0; n < NB; ++n) {
-        if constexpr (kNarrow) {
-          mma(acc[n][0], f[0][0], f[1][0], f[0][1], f[1][1], b[n][4 * i], b[n][4 * i + 1]);
-          mma(acc[n][0], f[2][0], f[3][0], f[2][1], f[3][1], b[n][4 * i + 2], b[n][4 * i + 3]);
-        } else {
-          mma(acc[n][0], f[0][0], f[1][0], f[0][1], f[1][1], b[n][2 * i], b[n][2 * i + 1]);
-          mma(acc[n][S::kTiles - 1], f[2][0], f[3][0], f[2][1], f[3][1], b[n][2 * i], b[n][2 * i + 1]);
-        }
-      }
-    }
-  }
 
   KAKEYA_D void load_probs(uint32_t (&b)[8], int tile) const {
     uint32_t x[4];
@@ -1074,7 +1107,14 @@ struct Attend {
     for (int i = 0; i < 4; ++i) b[4 + i] = x[i];
   }
 
-  KAKEYA_D void values(uint32_t page, uint32_t buffer) {
+  template <int W>
+  KAKEYA_D void value_page(uint32_t page, uint32_t buffer) {
+    UnitWords words[S::kGroups];
+    if constexpr (W > 0) {
+      KAKEYA_UNROLL
+      for (int i = 0; i < S::kGroups; ++i)
+        words[i] = Dequant<Q, W, kNarrow>::load(page + v_unit + i * v_stride, v_back, lane);
+    }
     uint32_t b[NB][8];
     float acc[NB][S::kTiles][4], total[NB][4];
     KAKEYA_UNROLL
@@ -1090,19 +1130,25 @@ struct Attend {
       KAKEYA_UNROLL
       for (int i = 0; i < 4; ++i) mma(total[n], ones, ones, ones, ones, b[n][2 * i], b[n][2 * i + 1]);
     }
-    switch (v_width) {
-      case 1: value_codes<1>(acc, b, page); break;
-      case 2: value_codes<2>(acc, b, page); break;
-      case 3: value_codes<3>(acc, b, page); break;
-      case 4: value_codes<4>(acc, b, page); break;
-      case 5: value_codes<5>(acc, b, page); break;
-      case 6: value_codes<6>(acc, b, page); break;
-      default: break;
+    if (half == 0 && num_slots) value_slots<W>(acc, page);
+    if constexpr (W > 0) {
+      KAKEYA_UNROLL
+      for (int i = 0; i < S::kGroups; ++i) {
+        uint32_t f[4][2];
+        Dequant<Q, W, kNarrow>::run(f, words[i], v_alpha, v_beta);
+        KAKEYA_UNROLL
+        for (int n = 0; n < NB; ++n) {
+          if constexpr (kNarrow) {
+            mma(acc[n][0], f[0][0], f[1][0], f[0][1], f[1][1], b[n][4 * i], b[n][4 * i + 1]);
+            mma(acc[n][0], f[2][0], f[3][0], f[2][1], f[3][1], b[n][4 * i + 2], b[n][4 * i + 3]);
+          } else {
+            mma(acc[n][0], f[0][0], f[1][0], f[0][1], f[1][1], b[n][2 * i], b[n][2 * i + 1]);
+            mma(acc[n][S::kTiles - 1], f[2][0], f[3][0], f[2][1], f[3][1], b[n][2 * i], b[n][2 * i + 1]);
+          }
+        }
+      }
     }
-    const uint32_t used = lds_u8(page + 3);
-    if (half == 0 && used) value_slots(acc, page, used);
-    const int vu = S::kUnits - 1 - unit;
-    const uint32_t parameters = shared + M::kValue + buffer * (D * 8) + (vu * S::kUnitChannels + g) * 8;
+    const uint32_t parameters = shared + M::kValue + buffer * (D * 8) + (value_unit() * S::kUnitChannels + g) * 8;
     KAKEYA_UNROLL
     for (int i = 0; i < S::kTiles; ++i)
       KAKEYA_UNROLL
@@ -1112,8 +1158,8 @@ struct Attend {
         KAKEYA_UNROLL
         for (int n = 0; n < NB; ++n)
           KAKEYA_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            float &o = out[n][i][2 * r + e];
+          for (int e = 0; e < NC; ++e) {
+            float &o = out[n][i][r][e];
             o = fmaf(scale, acc[n][i][2 * r + e], o);
             o = fmaf(offset, total[n][e], o);
           }
@@ -1121,36 +1167,39 @@ struct Attend {
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n)
       KAKEYA_UNROLL
-      for (int e = 0; e < 2; ++e) sum[n][e] += total[n][e];
+      for (int e = 0; e < NC; ++e) sum[n][e] += total[n][e];
+  }
+
+  KAKEYA_D void values(uint32_t page, uint32_t buffer) {
+    switch (v_width) {
+      case 0: return value_page<0>(page, buffer);
+      case 1: return value_page<1>(page, buffer);
+      case 2: return value_page<2>(page, buffer);
+      case 3: return value_page<3>(page, buffer);
+      case 4: return value_page<4>(page, buffer);
+      case 5: return value_page<5>(page, buffer);
+      default: return value_page<6>(page, buffer);
+    }
   }
 
   // Adds the exact slots: 8 more tokens, whose probabilities are picked from the page's.
-  KAKEYA_D void value_slots(float (&acc)[NB][S::kTiles][4], uint32_t page, uint32_t used) const {
-    const int vu = S::kUnits - 1 - unit;
+  template <int W>
+  KAKEYA_D void value_slots(float (&acc)[NB][S::kTiles][4], uint32_t page) const {
     uint32_t word[2], scale[2], token[2];
     KAKEYA_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const uint32_t s = 2 * t4 + i;
-      const bool there = s < used;
-      const uint32_t a = page + slots + (num_slots + (there ? s : 0)) * D + vu * S::kUnitChannels;
-      word[i] = kNarrow ? lds_u16(a + 2 * g) : lds_u32(a + 4 * g);
-      scale[i] = there ? lds_u16(page + slots + 2 * num_slots * D + 4 * s + 2) : 0u;
-      token[i] = there ? lds_u8(page + 8 + s) & 127u : 0u;
-      word[i] ^= 0x80808080u;
+      const uint32_t slot = min(2u * t4 + i, num_slots - 1);
+      const uint32_t a = page + slots + (num_slots + slot) * D + value_unit() * S::kUnitChannels;
+      word[i] = (kNarrow ? lds_u16(a + 2 * g) : lds_u32(a + 4 * g)) ^ 0x80808080u;
+      scale[i] = lds_u16(page + slots + 2 * num_slots * D + 4 * slot + 2);
+      token[i] = lds_u8(page + 8 + 2 * t4 + i);
+      if (token[i] >= kBlock) scale[i] = token[i] = 0;  // no slot
     }
-    uint32_t e[4];
+    uint32_t e[2 * S::kTiles];
     KAKEYA_UNROLL
     for (int c = 0; c < 2 * S::kTiles; ++c) {
       const uint32_t x = __byte_perm(word[0], word[1], c | (4 + c) << 8) & 0x00ff00ffu;
       e[c] = half_add(x | 0x64006400u, both(half_constant(-1152, 0)));
-    }
-    // The page's scale turns sums of codes into values; slots are in units of the deviation.
-    float undo[4];
-    KAKEYA_UNROLL
-    for (int c = 0; c < 2 * S::kTiles; ++c) {
-      undo[c] = 1.0f;
-      if constexpr (Q == kUniform)
-        if (v_width) undo[c] = power2(v_width - 1 - 24 + code_bit(v_width, c, kNarrow)) / grid_alpha(v_width);
     }
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n) {
@@ -1161,7 +1210,11 @@ struct Attend {
         float x[4] = {0, 0, 0, 0};
         mma_k8(x, e[2 * i], e[2 * i + 1], b);
         KAKEYA_UNROLL
-        for (int k = 0; k < 4; ++k) acc[n][i][k] = fmaf(x[k], undo[2 * i + k / 2], acc[n][i][k]);
+        for (int k = 0; k < 4; ++k) {
+          // The page's scale turns sums of codes into values; slots are in units of the deviation.
+          const float undo = Q == kUniform && W > 0 ? v_undo * power2(code_bit(W, 2 * i + k / 2, kNarrow) - 24) : 1.0f;
+          acc[n][i][k] = fmaf(x[k], undo, acc[n][i][k]);
+        }
       }
     }
   }
@@ -1174,7 +1227,7 @@ struct Attend {
            ((int64_t(slot) * 2 + stream) * p.num_kv_heads + head) * (kBlock * D);
   }
 
-  // Attention over an open block's tokens below the sequence's end; row (i, head) sees tokens up to history + i.
+  // Attention over an open block's tokens below the sequence's end; a row of token i sees tokens up to history + i.
   KAKEYA_D void open_block(const AttendCursor &c, int index) {
     const int len = p.seq_lens[c.sequence], tokens = min(len - index * kBlock, kBlock);
     const int history = len - (p.query_start[c.sequence + 1] - p.query_start[c.sequence]);
@@ -1188,7 +1241,7 @@ struct Attend {
       for (int m = 0; m < 4; ++m) acc[n][m][0] = acc[n][m][1] = acc[n][m][2] = acc[n][m][3] = 0.0f;
     uint32_t q[NB][kRegs];
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n) load_regs(q[n], shared + M::kRawQuery + n * kTileBytes, unit, lane);
+    for (int n = 0; n < NB; ++n) load_regs(q[n], shared + M::kRawQuery + n * kTileBytes);
     KAKEYA_UNROLL
     for (int m = 0; m < 4; ++m) {
       const int token = 64 * half + 16 * m + g;
@@ -1215,8 +1268,7 @@ struct Attend {
       if (index * kBlock + my_token() > history + (chunk_row + my_row(i)) / p.group || my_token() >= tokens)
         s[i] = -INFINITY;
     softmax<true>(s);
-    // Values: row g of a tile is channel 2g, row g + 8 channel 2g + 1, so that a lane loads pairs of channels.
-    const int vu = S::kUnits - 1 - unit;
+    // Row g of a tile is channel 2g, row g + 8 channel 2g + 1, so that a lane loads pairs of channels.
     KAKEYA_UNROLL
     for (int n = 0; n < R::kMeanTiles; ++n) {
       uint32_t b[8];
@@ -1225,14 +1277,18 @@ struct Attend {
       const uint32_t ones = is_f16() ? 0x3c003c00u : 0x3f803f80u;
       KAKEYA_UNROLL
       for (int m = 0; m < 4; ++m) mma_element(is_f16(), total, ones, ones, ones, ones, b[2 * m], b[2 * m + 1]);
-      sum[n % NB][0] += total[0];
-      sum[n % NB][1] += total[1];
+      if constexpr (R::kSplit) {
+        sum[0][0] += total[0] + total[1];
+      } else {
+        sum[n % NB][0] += total[0];
+        sum[n % NB][NC - 1] += total[1];
+      }
       KAKEYA_UNROLL
       for (int m = 0; m < 4; ++m) {
         const int token = 64 * half + 16 * m + 2 * t4;
         KAKEYA_UNROLL
         for (int i = 0; i < S::kTiles; ++i) {
-          const uint16_t *at = v + vu * S::kUnitChannels + 16 * i + 2 * g;
+          const uint16_t *at = v + value_unit() * S::kUnitChannels + 16 * i + 2 * g;
           uint32_t x[4];
           KAKEYA_UNROLL
           for (int r = 0; r < 4; ++r) {
@@ -1250,62 +1306,45 @@ struct Attend {
   // ---- results -----------------------------------------------------------------------------------------------------------
 
   static constexpr int kRecord = ROWS * (D + 2);
-
-  // Adds this warp's columns of `x` to shared rows f32 [ROWS][D]; channel(i, r) of tile i, row half r.
-  template <typename F>
-  KAKEYA_D void add_rows(uint32_t rows, const float (&x)[NB][S::kTiles][4], bool first, F channel) const {
-    KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n)
-      KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i)
-        KAKEYA_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          float y = x[n][i][k];
-          int row = 8 * n + 2 * t4 + (k & 1);
-          if constexpr (R::kSplit) {
-            y += __shfl_xor_sync(~0u, y, 2);  // columns c and c + 4
-            if (t4 >= 2) continue;
-          }
-          const uint32_t a = rows + (row * D + channel(i, k / 2)) * 4;
-          sts_f32(a, first ? y : y + lds_f32(a));
-        }
-  }
+  static constexpr int kLane = D / 32;  // channels of a lane
 
   // Writes the segment's result: to `out` if it is all of the item, else to the workspace, where the last block to
   // arrive merges the parts.
   KAKEYA_D void flush(const AttendCursor &c, bool whole, int64_t item_begin, int64_t item_end) {
     const uint32_t coded = shared + M::kScores, plain = coded + ROWS * D * 4, stats = plain + ROWS * D * 4;
-    const int vu = S::kUnits - 1 - unit;
-    const uint16_t *order = head_view(t, p.layer, p.first_head + c.head).v.order;
+    const uint16_t *order = head_view(t, p.layer, p.first_head + c.head).v.order + value_unit() * S::kUnitChannels;
     __syncthreads();
     for (int h = 0; h < 2; ++h) {
       if (half == h) {
-        add_rows(coded, out, h == 0,
-                 [&](int i, int r) { return int(order[vu * S::kUnitChannels + 16 * i + 8 * r + g]); });
-        add_rows(plain, raw, h == 0, [&](int i, int r) { return vu * S::kUnitChannels + 16 * i + 2 * g + r; });
-        if (unit == 0) {
+        KAKEYA_UNROLL
+        for (int n = 0; n < NB; ++n)
           KAKEYA_UNROLL
-          for (int n = 0; n < NB; ++n)
+          for (int e = 0; e < NC; ++e) {
+            const int row = R::kSplit ? t4 : 8 * n + 2 * t4 + e;
             KAKEYA_UNROLL
-            for (int e = 0; e < 2; ++e) {
-              float y = sum[n][e];
-              if constexpr (R::kSplit) y += __shfl_xor_sync(~0u, y, 2);
-              const int row = 8 * n + 2 * t4 + e;
-              if (g == 0 && row < ROWS) {
-                const uint32_t a = stats + row * 8;
-                sts_f32(a, column_peak[n][e]);
-                sts_f32(a + 4, h == 0 ? y : y + lds_f32(a + 4));
+            for (int i = 0; i < S::kTiles; ++i)
+              KAKEYA_UNROLL
+              for (int r = 0; r < 2; ++r) {
+                const uint32_t a = coded + (row * D + order[16 * i + 8 * r + g]) * 4;
+                const uint32_t b = plain + (row * D + value_unit() * S::kUnitChannels + 16 * i + 2 * g + r) * 4;
+                const float x = out[n][i][r][e];
+                const float y = R::kSplit ? raw[n][i][2 * r] + raw[n][i][2 * r + 1] : raw[n][i][2 * r + e];
+                sts_f32(a, h ? x + lds_f32(a) : x);
+                sts_f32(b, h ? y + lds_f32(b) : y);
               }
+            if (unit == 0 && g == 0) {
+              const uint32_t a = stats + row * 8;
+              sts_f32(a, column_peak[n][e]);
+              sts_f32(a + 4, h ? sum[n][e] + lds_f32(a + 4) : sum[n][e]);
             }
-        }
+          }
       }
       __syncthreads();
     }
     const int rows = min(rows_of(c.sequence) - chunk_row, ROWS);
     const int item = c.sequence * p.num_kv_heads + c.head;
-    const int64_t blocks = gridDim.x, records = blocks + int64_t(p.num_seqs) * p.num_kv_heads;
+    const int64_t records = gridDim.x + int64_t(p.num_seqs) * p.num_kv_heads;
     float *record = p.workspace + (blockIdx.y * records + blockIdx.x + item) * kRecord;
-    constexpr int kLane = D / 32;  // channels of a lane
     for (int row = warp; row < rows; row += S::kWarps) {
       // Back from Hadamard space: butterflies inside the lane, then across lanes.
       float x[kLane];
@@ -1343,13 +1382,13 @@ struct Attend {
     __syncthreads();
   }
 
-  KAKEYA_D void write_row(const AttendCursor &c, int row, const float (&x)[D / 32], float factor) const {
+  KAKEYA_D void write_row(const AttendCursor &c, int row, const float (&x)[kLane], float factor) const {
     const int r = chunk_row + row;
     uint16_t *at = static_cast<uint16_t *>(p.out) +
                    int64_t(p.query_start[c.sequence] + r / p.group) * p.out_token_stride +
-                   int64_t(c.head * p.group + r % p.group) * p.out_head_stride + (D / 32) * lane;
+                   int64_t(c.head * p.group + r % p.group) * p.out_head_stride + kLane * lane;
     KAKEYA_UNROLL
-    for (int i = 0; i < D / 32; i += 2)
+    for (int i = 0; i < kLane; i += 2)
       *reinterpret_cast<uint32_t *>(at + i) = is_f16() ? pack_half(x[i] * factor, x[i + 1] * factor)
                                                        : pack_bf16(x[i] * factor, x[i + 1] * factor);
   }
@@ -1362,10 +1401,9 @@ struct Attend {
     __threadfence();
     __syncthreads();
     const uint32_t flag = shared + M::kFlag;
-    int *counter = p.counters + (int64_t(blockIdx.y) * p.num_seqs * p.num_kv_heads + item);
     if (thread == 0) {
-      const int arrived = atomicAdd(counter, 1);
-      const bool done = arrived == last - first;
+      int *counter = p.counters + (int64_t(blockIdx.y) * p.num_seqs * p.num_kv_heads + item);
+      const bool done = atomicAdd(counter, 1) == last - first;
       if (done) *counter = 0;
       sts_u32(flag, done);
     }
@@ -1373,24 +1411,24 @@ struct Attend {
     if (!lds_u32(flag)) return;
     __threadfence();
     const float *base = p.workspace + (blockIdx.y * records + item) * kRecord;
-    constexpr int kLane = D / 32;
     for (int row = warp; row < rows; row += S::kWarps) {
       float maximum = kNoScore;
-      for (int b = first + lane; b <= last; b += 32) maximum = fmaxf(maximum, __ldcg(base + int64_t(b) * kRecord + ROWS * D + 2 * row));
+      for (int b = first + lane; b <= last; b += 32)
+        maximum = fmaxf(maximum, __ldcg(base + int64_t(b) * kRecord + ROWS * D + 2 * row));
       KAKEYA_UNROLL
       for (int k = 1; k < 32; k *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, k));
-      float x[kLane], sum = 0.0f;
+      float x[kLane], total_weight = 0.0f;
       KAKEYA_UNROLL
       for (int i = 0; i < kLane; ++i) x[i] = 0.0f;
 #pragma unroll 4
       for (int b = first; b <= last; ++b) {
         const float *r = base + int64_t(b) * kRecord;
         const float w = exp2_fast(__ldcg(r + ROWS * D + 2 * row) - maximum);
-        sum += w * __ldcg(r + ROWS * D + 2 * row + 1);
+        total_weight += w * __ldcg(r + ROWS * D + 2 * row + 1);
         KAKEYA_UNROLL
         for (int i = 0; i < kLane; ++i) x[i] += w * __ldcg(r + row * D + kLane * lane + i);
       }
-      write_row(c, row, x, 1.0f / sum);
+      write_row(c, row, x, 1.0f / total_weight);
     }
   }
 
@@ -1399,6 +1437,21 @@ struct Attend {
   }
 
   // ---- all of it ---------------------------------------------------------------------------------------------------------
+
+  KAKEYA_D void load_table() {
+    KAKEYA_UNROLL
+    for (int m = 0; m < 4; ++m)
+      KAKEYA_UNROLL
+      for (int i = 0; i < S::kTiles; ++i)
+        KAKEYA_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          const int token = 64 * half + 16 * m + g + 8 * (r & 1), f = unit * S::kUnitPairs + 8 * i + 4 * (r >> 1) + t4;
+          const bool turns = f < pairs;
+          const float cos = turns ? t.at<float>(t.offset_cos)[token * pairs + f] : 1.0f;
+          const float sin = turns ? t.at<float>(t.offset_sin)[token * pairs + f] : 0.0f;
+          table[m][i][r] = pack_half(cos * kTableScale, sin * kTableScale);
+        }
+  }
 
   KAKEYA_D void run() {
     const int64_t total = total_units();
@@ -1409,85 +1462,65 @@ struct Attend {
       sts_f32(shared + M::kFactors + 4 * i, t.at<float>(t.factors)[i]);
 #if KAKEYA_BULK
     if (thread == 0) {
-      for (uint32_t i = 0; i < stages; ++i) barrier_init(shared + M::kBarriers + 8 * i, 1);
+      for (int i = 0; i < stages; ++i) barrier_init(shared + M::kBarriers + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      fetch_begin();
+      for (int i = 0; i + 1 < stages; ++i) fetch_page();
     }
     __syncthreads();
-    fetched = 0;
-    if (thread == 0) {
-      fetch_seek(begin);
-      for (uint32_t i = 0; i + 1 < stages; ++i) fetch_page_now();
-    }
 #else
-    fetched = 0;
-    fetch_seek(begin);
-    for (uint32_t i = 0; i + 1 < stages; ++i) fetch_page_now();
+    fetch_begin();
+    for (int i = 0; i + 1 < stages; ++i) fetch_page();
 #endif
     load_table();
-    uint32_t page = 0;  // sealed pages so far
+    int stage = 0;
+    uint32_t parity = 0;
     for (int64_t at = begin; at < end;) {
       const AttendCursor c = seek(at);
       const int count = int(min(end - at, int64_t(c.units - c.unit)));
-      if (rows_of(c.sequence) > chunk_row) page = segment(c, count, page, at);
+      if (rows_of(c.sequence) > chunk_row) segment(c, count, at, stage, parity);
       at += count;
     }
   }
 
-  KAKEYA_D void load_table() {
-    KAKEYA_UNROLL
-    for (int m = 0; m < 4; ++m)
-      KAKEYA_UNROLL
-      for (int i = 0; i < S::kUnitPairs / 8; ++i)
-        KAKEYA_UNROLL
-        for (int r = 0; r < 4; ++r) {
-          const int token = 64 * half + 16 * m + g + 8 * (r & 1);
-          // 16 pairs: tile 0 cosines, tile 1 sines. 8 pairs: one tile, cosines and then sines.
-          const bool sine = S::kTiles == 2 ? i == 1 : r >= 2;
-          const int f = unit * S::kUnitPairs + (S::kTiles == 2 ? 8 * (r >> 1) : 0) + 2 * t4;
-          table[m][i][r] = pack_half(offset_turn(token, f, sine) * kTableScale, offset_turn(token, f + 1, sine) * kTableScale);
-        }
-  }
-  KAKEYA_D float offset_turn(int token, int f, bool sine) const {
-    if (f >= pairs) return sine ? 0.0f : 1.0f;
-    return t.at<float>(sine ? t.offset_sin : t.offset_cos)[token * pairs + f];
-  }
-
-  // Units [c.unit, c.unit + count) of one item; returns the number of sealed pages so far.
-  KAKEYA_D uint32_t segment(const AttendCursor &c, int count, uint32_t page, int64_t at) {
+  // Units [c.unit, c.unit + count) of one item. `stage` and `parity` tell where its first sealed page is, and are moved
+  // on.
+  KAKEYA_D void segment(const AttendCursor &c, int count, int64_t at, int &stage, uint32_t &parity) {
     begin_segment(c);
     const int pages = max(0, min(c.unit + count, c.pages) - c.unit);
     if (pages) {
       load_turn(c.unit);
-      await_page(page);
+      await_page(stage, parity);
 #if !KAKEYA_BULK
       __syncthreads();
 #endif
-      prepare(stage_at(page % stages), 0);
+      prepare(stage_at(stage), 0);
     }
     if (c.unit + count > c.pages) prepare_raw(c);
     __syncthreads();
-    for (int i = 0; i < pages; ++i, ++page) {
-      const uint32_t here = stage_at(page % stages), buffer = i & 1;
-      scores(here, buffer);
+    for (int i = 0; i < pages; ++i) {
+      const uint32_t here = stage_at(stage), buffer = i & 1;
       const bool more = i + 1 < pages;
       if (more) load_turn(c.unit + i + 1);
+      if (++stage == stages) stage = 0, parity ^= 1;
+      scores(here, buffer);
 #if !KAKEYA_BULK
-      if (more) await_page(page + 1);
+      if (more) await_page(stage, parity);
 #endif
       __syncthreads();
       // All warps are done with the page before: its stage takes the next transfer.
 #if KAKEYA_BULK
-      if (thread == 0) fetch_page_now();
+      if (thread == 0) fetch_page();
 #else
-      fetch_page_now();
+      fetch_page();
 #endif
       float s[kScores];
       gather_scores(s, kScoreUnit);
       if (more) {
 #if KAKEYA_BULK
-        await_page(page + 1);
+        await_page(stage, parity);
 #endif
-        prepare(stage_at((page + 1) % stages), buffer ^ 1);
+        prepare(stage_at(stage), buffer ^ 1);
       }
       softmax<false>(s);
       values(here, buffer);
@@ -1495,16 +1528,15 @@ struct Attend {
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n)
       KAKEYA_UNROLL
-      for (int k = 0; k < S::kTiles; ++k)
+      for (int i = 0; i < S::kTiles; ++i)
         KAKEYA_UNROLL
-        for (int e = 0; e < 4; ++e) raw[n][k][e] = 0.0f;
+        for (int e = 0; e < 4; ++e) raw[n][i][e] = 0.0f;
     for (int u = max(c.unit, c.pages); u < c.unit + count; ++u) {
       __syncthreads();
       open_block(c, u);
     }
     const int64_t item_begin = at - c.unit;
     flush(c, count == c.units, item_begin, item_begin + c.units);
-    return page;
   }
 };
 
