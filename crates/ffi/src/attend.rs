@@ -125,8 +125,8 @@ pub unsafe extern "C" fn kakeya_attend(
         let args = arguments(args)?;
         // SAFETY: the header asks for a codec that is not released during the call.
         let codec = unsafe { borrow(codec) }?;
-        check_layer(codec, args.layer)?;
-        check_heads(codec, args.first_head, "num_kv_heads", args.num_kv_heads)?;
+        check_layer(codec.shape(), args.layer)?;
+        check_heads(codec.shape(), args.first_head, "num_kv_heads", args.num_kv_heads)?;
         let shape = codec.shape();
         let group = (shape.num_q_heads / shape.num_kv_heads) as u64;
         let q_heads = u64::from(args.num_kv_heads) * group;
@@ -166,7 +166,8 @@ pub unsafe extern "C" fn kakeya_attend(
             [blocks, kv_heads, codec.page_bytes()],
             [args.page_block_stride, args.page_head_stride],
         )?;
-        let open_blocks = OpenBlocks::new(codec, dtype, args.open_blocks, args.num_open, kv_heads)?;
+        let open_blocks =
+            OpenBlocks::new(codec.shape().head_dim, dtype, args.open_blocks, args.num_open, kv_heads)?;
         let open_slot = OpenSlots::new(args.open_slot, args.num_open, blocks)?;
         let lse_len = if args.lse.is_null() { 0 } else { tokens * q_heads };
         let lse = Region::new("lse", args.lse, lse_len)?;

@@ -54,7 +54,12 @@ pub(crate) fn struct_size<T: Sized32>(name: &str, ptr: *const T) -> Outcome {
 
 /// Copies the arguments of a call. A copy, because the caller's struct may lie inside a buffer that is written.
 pub(crate) fn arguments<T: Sized32>(ptr: *const T) -> Outcome<T> {
-    struct_size("args", ptr)?;
+    arguments_named("args", ptr)
+}
+
+/// As [`arguments`], for a parameter of another name.
+pub(crate) fn arguments_named<T: Sized32>(name: &str, ptr: *const T) -> Outcome<T> {
+    struct_size(name, ptr)?;
     // SAFETY: not NULL, aligned, and struct_size says that the caller's struct is this one; every bit
     // pattern of it is valid (Sized32).
     Ok(unsafe { ptr.read() })

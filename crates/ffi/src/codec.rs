@@ -111,7 +111,7 @@ pub unsafe extern "C" fn kakeya_codec_page_bytes(
         // SAFETY: the header asks for a codec that is not released during the call.
         let codec = unsafe { borrow(codec) }?;
         pointer("out", out)?;
-        check_layer(codec, layer)?;
+        check_layer(codec.shape(), layer)?;
         // SAFETY: not NULL, aligned, and the caller's to write.
         unsafe { out.write(codec.page_bytes()) };
         Ok(())
@@ -129,13 +129,13 @@ pub(crate) unsafe fn borrow<'a>(codec: *const kakeya_codec) -> Outcome<&'a Codec
 }
 
 /// Refuses a layer that the model does not have.
-pub(crate) fn check_layer(codec: &Codec, layer: u32) -> Outcome {
-    below("layer", layer.into(), codec.shape().num_layers as u64)
+pub(crate) fn check_layer(shape: &ModelShape, layer: u32) -> Outcome {
+    below("layer", layer.into(), shape.num_layers as u64)
 }
 
 /// Refuses KV heads that the model does not have.
-pub(crate) fn check_heads(codec: &Codec, first_head: u32, count_name: &str, count: u32) -> Outcome {
-    let heads = codec.shape().num_kv_heads as u64;
+pub(crate) fn check_heads(shape: &ModelShape, first_head: u32, count_name: &str, count: u32) -> Outcome {
+    let heads = shape.num_kv_heads as u64;
     below("first_head", first_head.into(), heads)?;
     crate::checks::within(count_name, count.into(), 1, heads - u64::from(first_head))
 }

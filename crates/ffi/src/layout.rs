@@ -62,7 +62,7 @@ pub unsafe extern "C" fn kakeya_codec_page_layout(
         struct_size("out", out)?;
         // SAFETY: the header asks for a codec that is not released during the call.
         let codec = unsafe { borrow(codec) }?;
-        check_layer(codec, layer)?;
+        check_layer(codec.shape(), layer)?;
         let layout = codec.page_layout(layer as usize)?;
         let filled = kakeya_page_layout {
             struct_size: size_of::<kakeya_page_layout>() as u32,

@@ -22,12 +22,15 @@
 #![warn(clippy::undocumented_unsafe_blocks)]
 
 mod checks;
+mod driver;
+mod kernels;
 mod panic;
 mod tensor;
 mod text;
 
 mod attend;
 mod codec;
+mod cuda;
 mod dtype;
 mod error;
 mod layout;
@@ -41,6 +44,12 @@ mod write;
 pub use attend::{KAKEYA_ATTEND_SEALED_PREFILL, kakeya_attend, kakeya_attend_args};
 pub use codec::{
     kakeya_codec, kakeya_codec_describe, kakeya_codec_free, kakeya_codec_new, kakeya_codec_page_bytes,
+};
+pub use cuda::{
+    kakeya_cuda, kakeya_cuda_append, kakeya_cuda_archs, kakeya_cuda_attend, kakeya_cuda_attend_args,
+    kakeya_cuda_buffers, kakeya_cuda_free, kakeya_cuda_limits, kakeya_cuda_new, kakeya_cuda_open,
+    kakeya_cuda_open_args, kakeya_cuda_plan, kakeya_cuda_plan_args, kakeya_cuda_seal, kakeya_cuda_sizes,
+    kakeya_cuda_write_args,
 };
 pub use dtype::kakeya_dtype;
 pub use error::kakeya_last_error;

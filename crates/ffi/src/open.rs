@@ -30,7 +30,7 @@ pub unsafe extern "C" fn kakeya_open(
     boundary(|| {
         // SAFETY: the header asks for a codec that is not released during the call.
         let codec = unsafe { borrow(codec) }?;
-        check_layer(codec, layer)?;
+        check_layer(codec.shape(), layer)?;
         below("head", head.into(), codec.shape().num_kv_heads as u64)?;
         let page_bytes = codec.page_bytes();
         if page_len < page_bytes {

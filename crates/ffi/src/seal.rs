@@ -64,8 +64,8 @@ pub unsafe extern "C" fn kakeya_seal(
         let args = arguments(args)?;
         // SAFETY: the header asks for a codec that is not released during the call.
         let codec = unsafe { borrow(codec) }?;
-        check_layer(codec, args.layer)?;
-        check_heads(codec, args.first_head, "num_heads", args.num_heads)?;
+        check_layer(codec.shape(), args.layer)?;
+        check_heads(codec.shape(), args.first_head, "num_heads", args.num_heads)?;
         let dtype = kakeya_dtype::from_number(args.dtype)?;
         below("block_index", args.block_index.into(), codec.shape().max_blocks() as u64)?;
 

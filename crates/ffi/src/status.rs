@@ -48,6 +48,12 @@ pub enum kakeya_status {
     KAKEYA_ERR_ALIASED = 17,
     /// dtype is not a kakeya_dtype.
     KAKEYA_ERR_BAD_DTYPE = 18,
+    /// The library was built without CUDA kernels, or without ones for this GPU or shape.
+    KAKEYA_ERR_NO_KERNELS = 19,
+    /// There is no CUDA driver, or not this device.
+    KAKEYA_ERR_NO_CUDA = 20,
+    /// The CUDA driver refused a call; the text says which and why.
+    KAKEYA_ERR_CUDA = 21,
     /// A bug in this library. The process goes on; please report the text of kakeya_last_error().
     /// The one status after which outputs may have been written in part.
     KAKEYA_ERR_PANIC = 99,
@@ -56,7 +62,7 @@ pub enum kakeya_status {
 use kakeya_status::*;
 
 /// Every code with its name. The test below keeps this and the enum the same.
-const NAMES: [(kakeya_status, &CStr); 20] = [
+const NAMES: [(kakeya_status, &CStr); 23] = [
     (KAKEYA_OK, c"KAKEYA_OK"),
     (KAKEYA_ERR_NULL_POINTER, c"KAKEYA_ERR_NULL_POINTER"),
     (KAKEYA_ERR_MISALIGNED, c"KAKEYA_ERR_MISALIGNED"),
@@ -76,6 +82,9 @@ const NAMES: [(kakeya_status, &CStr); 20] = [
     (KAKEYA_ERR_NO_OPEN_SLOT, c"KAKEYA_ERR_NO_OPEN_SLOT"),
     (KAKEYA_ERR_ALIASED, c"KAKEYA_ERR_ALIASED"),
     (KAKEYA_ERR_BAD_DTYPE, c"KAKEYA_ERR_BAD_DTYPE"),
+    (KAKEYA_ERR_NO_KERNELS, c"KAKEYA_ERR_NO_KERNELS"),
+    (KAKEYA_ERR_NO_CUDA, c"KAKEYA_ERR_NO_CUDA"),
+    (KAKEYA_ERR_CUDA, c"KAKEYA_ERR_CUDA"),
     (KAKEYA_ERR_PANIC, c"KAKEYA_ERR_PANIC"),
 ];
 
@@ -118,6 +127,9 @@ mod tests {
             (16, "KAKEYA_ERR_NO_OPEN_SLOT"),
             (17, "KAKEYA_ERR_ALIASED"),
             (18, "KAKEYA_ERR_BAD_DTYPE"),
+            (19, "KAKEYA_ERR_NO_KERNELS"),
+            (20, "KAKEYA_ERR_NO_CUDA"),
+            (21, "KAKEYA_ERR_CUDA"),
             (99, "KAKEYA_ERR_PANIC"),
         ];
         assert_eq!(NAMES.len(), published.len());
@@ -132,7 +144,7 @@ mod tests {
 
     #[test]
     fn unknown_numbers_have_a_name_too() {
-        for number in [-1, 19, 98, 100, i32::MAX, i32::MIN] {
+        for number in [-1, 22, 98, 100, i32::MAX, i32::MIN] {
             // SAFETY: the function returns static NUL-terminated text.
             let got = unsafe { CStr::from_ptr(kakeya_status_name(number)) };
             assert_eq!(got, c"KAKEYA_ERR_UNKNOWN");

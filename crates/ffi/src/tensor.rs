@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::ffi::c_void;
 
-use ::kakeya_codec::{Codec, Elements, ElementsMut};
+use ::kakeya_codec::{Elements, ElementsMut};
 use half::{bf16, f16};
 
 use crate::checks::{Extent, Region, within};
@@ -193,7 +193,7 @@ pub(crate) struct OpenBlocks(Array);
 
 impl OpenBlocks {
     pub fn new(
-        codec: &Codec,
+        head_dim: usize,
         dtype: kakeya_dtype,
         ptr: *const c_void,
         num_open: u32,
@@ -201,7 +201,7 @@ impl OpenBlocks {
     ) -> Outcome<Self> {
         // Slots are named by int32. Heads and head_dim are the model's, so the product stays far below 2^64.
         within("num_open", num_open.into(), 0, i32::MAX as u64)?;
-        let block = 2 * heads * KAKEYA_BLOCK_TOKENS as usize * codec.shape().head_dim;
+        let block = 2 * heads * KAKEYA_BLOCK_TOKENS as usize * head_dim;
         Ok(Self(Array::new("open_blocks", dtype, ptr, num_open as usize * block)?))
     }
 

@@ -85,8 +85,8 @@ pub unsafe extern "C" fn kakeya_write(
         let args = arguments(args)?;
         // SAFETY: the header asks for a codec that is not released during the call.
         let codec = unsafe { borrow(codec) }?;
-        check_layer(codec, args.layer)?;
-        check_heads(codec, args.first_head, "num_heads", args.num_heads)?;
+        check_layer(codec.shape(), args.layer)?;
+        check_heads(codec.shape(), args.first_head, "num_heads", args.num_heads)?;
         let dtype = kakeya_dtype::from_number(args.dtype)?;
 
         let (tokens, heads, blocks) =
@@ -101,7 +101,8 @@ pub unsafe extern "C" fn kakeya_write(
             [blocks, heads, codec.page_bytes()],
             [args.page_block_stride, args.page_head_stride],
         )?;
-        let open_blocks = OpenBlocks::new(codec, dtype, args.open_blocks, args.num_open, heads)?;
+        let open_blocks =
+            OpenBlocks::new(codec.shape().head_dim, dtype, args.open_blocks, args.num_open, heads)?;
         let open_slot = OpenSlots::new(args.open_slot, args.num_open, blocks)?;
         disjoint(
             &[pages.region.extent(), open_blocks.extent()],

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 /// Chapters in the order in which a caller meets them: title, and the files of src/ that make it.
-const CHAPTERS: [(&str, &[&str]); 8] = [
+const CHAPTERS: [(&str, &[&str]); 9] = [
     ("Status and errors", &["status.rs", "error.rs"]),
     ("Which library this is", &["version.rs"]),
     ("Recipes: what a page is made of", &["recipe.rs"]),
@@ -16,6 +16,7 @@ const CHAPTERS: [(&str, &[&str]); 8] = [
     ("Seal and open: whole blocks", &["seal.rs", "open.rs"]),
     ("Write: the tokens of a step", &["write.rs"]),
     ("Attend: attention of a step", &["attend.rs"]),
+    ("CUDA: a step on a GPU", &["cuda.rs"]),
 ];
 
 /// Width of the rule above a chapter's title.

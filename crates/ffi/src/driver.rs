@@ -1,0 +1,244 @@
+//! The CUDA driver: one device's primary context, the embedded kernels, launches.
+//!
+//! libcuda is looked for at run time, so the library loads and serves the CPU where there is none. Everything is done in the
+//! device's primary context, the one that torch and the CUDA runtime use: their pointers and streams are valid in it.
+
+use std::ffi::{CString, c_void};
+use std::mem::{MaybeUninit, size_of};
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute, CUdeviceptr, CUfunction, CUfunction_attribute, CUresult,
+};
+
+use crate::error::{Outcome, refuse};
+use crate::status::kakeya_status::*;
+
+/// What `make kernels` compiled and build.rs embedded.
+mod images {
+    include!(concat!(env!("OUT_DIR"), "/images.rs"));
+}
+
+/// Targets of the embedded kernels, such as "sm_80 sm_90 compute_80"; empty without kernels.
+pub(crate) const ARCHS: &str = images::ARCHS;
+
+/// A driver's refusal in words.
+fn driver<T>(what: &str, outcome: Result<T, DriverError>) -> Outcome<T> {
+    match outcome {
+        Ok(value) => Ok(value),
+        Err(DriverError(
+            CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | CUresult::CUDA_ERROR_JIT_COMPILER_NOT_FOUND,
+        )) => {
+            refuse!(KAKEYA_ERR_NO_KERNELS, "{what}: this GPU is none of those the kernels are for ({ARCHS})")
+        }
+        Err(error) => refuse!(KAKEYA_ERR_CUDA, "{what}: {error:?}"),
+    }
+}
+
+/// A loaded kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kernel {
+    function: CUfunction,
+    /// Threads of a block: the kernel's launch bound.
+    pub threads: u32,
+    /// Dynamic shared memory of a launch, bytes.
+    pub shared: u32,
+}
+
+/// A device with the kernels loaded.
+pub(crate) struct Device {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    modules: Vec<sys::CUmodule>,
+    memory: Vec<CUdeviceptr>,
+    pub multiprocessors: u32,
+}
+
+/// The primary context is current on this thread until this is dropped; then whatever was current before.
+struct Current;
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let mut popped = MaybeUninit::uninit();
+        // SAFETY: undoes the push that made this value; a failure leaves nothing to mend.
+        let _ = unsafe { sys::cuCtxPopCurrent_v2(popped.as_mut_ptr()) };
+    }
+}
+
+impl Device {
+    /// Opens device `ordinal` and loads the kernels.
+    pub fn new(ordinal: i32) -> Outcome<Self> {
+        if images::IMAGES.is_empty() {
+            return refuse!(
+                KAKEYA_ERR_NO_KERNELS,
+                "this libkakeya was built without kernels; build it with KAKEYA_KERNELS (`make kernels`)"
+            );
+        }
+        // SAFETY: only tries to load libcuda.
+        if !unsafe { sys::is_culib_present() } {
+            return refuse!(KAKEYA_ERR_NO_CUDA, "no CUDA driver: libcuda.so was not found");
+        }
+        if let Err(error) = result::init() {
+            return refuse!(KAKEYA_ERR_NO_CUDA, "the CUDA driver does not start: {error:?}");
+        }
+        let count = driver("counting devices", result::device::get_count())?;
+        if !(0..count).contains(&ordinal) {
+            return refuse!(KAKEYA_ERR_NO_CUDA, "device {ordinal} of {count}; valid: a device that is there");
+        }
+        let device = driver("opening the device", result::device::get(ordinal))?;
+        // SAFETY: a device of result::device::get; released in drop.
+        let context = driver("its primary context", unsafe { result::primary_ctx::retain(device) })?;
+        let mut this = Self { device, context, modules: Vec::new(), memory: Vec::new(), multiprocessors: 0 };
+        let _current = this.current()?;
+        this.multiprocessors =
+            this.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        for image in images::IMAGES {
+            // SAFETY: a whole fat binary of nvcc, aligned (build.rs).
+            let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
+            this.modules.push(driver("loading the kernels", module)?);
+        }
+        Ok(this)
+    }
+
+    fn current(&self) -> Outcome<Current> {
+        // SAFETY: the context is retained as long as self lives; Current pops it.
+        driver("making the context current", unsafe { sys::cuCtxPushCurrent_v2(self.context) }.result())?;
+        Ok(Current)
+    }
+
+    fn attribute(&self, attribute: CUdevice_attribute) -> Outcome<i32> {
+        // SAFETY: a device of result::device::get.
+        driver("asking the device", unsafe { result::device::get_attribute(self.device, attribute) })
+    }
+
+    /// A kernel by its name, ready for `shared` bytes of dynamic shared memory.
+    pub fn kernel(&self, name: &str, shared: usize) -> Outcome<Kernel> {
+        let _current = self.current()?;
+        for module in &self.modules {
+            let symbol = CString::new(name).expect("a name has no NUL");
+            // SAFETY: a loaded module, not unloaded before drop.
+            let Ok(function) = (unsafe { result::module::get_function(*module, symbol) }) else { continue };
+            // SAFETY: a function of a loaded module.
+            let threads = unsafe {
+                result::function::get_function_attribute(
+                    function,
+                    CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK,
+                )
+            };
+            let most = self
+                .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                as usize;
+            if shared > most {
+                return refuse!(
+                    KAKEYA_ERR_UNSUPPORTED,
+                    "{name} needs {shared} bytes of shared memory; this GPU has {most}"
+                );
+            }
+            // SAFETY: as above; the size is within the device's limit.
+            let set = unsafe {
+                result::function::set_function_attribute(
+                    function,
+                    CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    shared as i32,
+                )
+            };
+            driver(name, set)?;
+            return Ok(Kernel { function, threads: driver(name, threads)? as u32, shared: shared as u32 });
+        }
+        refuse!(KAKEYA_ERR_NO_KERNELS, "{name} is not among the kernels of this libkakeya")
+    }
+
+    /// A global variable of the kernels, copied: `len` values of u32.
+    pub fn global(&self, name: &str, len: usize) -> Outcome<Vec<u32>> {
+        let _current = self.current()?;
+        for module in &self.modules {
+            let symbol = CString::new(name).expect("a name has no NUL");
+            // SAFETY: a loaded module, not unloaded before drop.
+            let Ok((address, bytes)) = (unsafe { result::module::get_global(*module, symbol) }) else {
+                continue;
+            };
+            if bytes != len * size_of::<u32>() {
+                return refuse!(KAKEYA_ERR_NO_KERNELS, "{name} has {bytes} bytes; valid: {}", len * 4);
+            }
+            let mut values = vec![0_u32; len];
+            // SAFETY: the variable has exactly these bytes.
+            driver(name, unsafe { result::memcpy_dtoh_sync(&mut values, address) })?;
+            return Ok(values);
+        }
+        refuse!(KAKEYA_ERR_NO_KERNELS, "{name} is not among the kernels of this libkakeya")
+    }
+
+    /// How many blocks of a kernel one multiprocessor holds at once.
+    pub fn occupancy(&self, kernel: &Kernel) -> Outcome<u32> {
+        let _current = self.current()?;
+        // SAFETY: a function of a loaded module.
+        let blocks = unsafe {
+            result::occupancy::max_active_block_per_multiprocessor(
+                kernel.function,
+                kernel.threads as i32,
+                kernel.shared as usize,
+            )
+        };
+        Ok(driver("occupancy", blocks)? as u32)
+    }
+
+    /// Copies `bytes` to memory of the device that lives as long as self.
+    pub fn upload(&mut self, bytes: &[u8]) -> Outcome<CUdeviceptr> {
+        let _current = self.current()?;
+        // SAFETY: freed in drop.
+        let address = driver("allocating tables", unsafe { result::malloc_sync(bytes.len()) })?;
+        self.memory.push(address);
+        // SAFETY: the allocation has this size.
+        driver("copying tables", unsafe { result::memcpy_htod_sync(address, bytes) })?;
+        Ok(address)
+    }
+
+    /// Launches a kernel on a stream of the primary context. `arguments` point to the kernel's parameters in order. Does
+    /// not wait, so it may be captured in a graph.
+    ///
+    /// # Safety
+    /// The parameters are those of the kernel, and what they point to is there until the kernel has run.
+    pub unsafe fn launch(
+        &self,
+        kernel: &Kernel,
+        grid: [u32; 2],
+        stream: *mut c_void,
+        arguments: &mut [*mut c_void],
+    ) -> Outcome {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let _current = self.current()?;
+        // SAFETY: promised by the caller; the function's module is loaded as long as self lives.
+        let launched = unsafe {
+            result::launch_kernel(
+                kernel.function,
+                (grid[0], grid[1], 1),
+                (kernel.threads, 1, 1),
+                kernel.shared,
+                stream.cast(),
+                arguments,
+            )
+        };
+        driver("launching a kernel", launched)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.current() {
+            for address in self.memory.drain(..) {
+                // SAFETY: allocated by upload, freed once; frees wait for kernels that still read.
+                let _ = unsafe { result::free_sync(address) };
+            }
+            for module in self.modules.drain(..) {
+                // SAFETY: loaded in new, unloaded once.
+                let _ = unsafe { result::module::unload(module) };
+            }
+        }
+        // SAFETY: retained in new, released once.
+        let _ = unsafe { result::primary_ctx::release(self.device) };
+    }
+}

@@ -1,0 +1,26 @@
+// Sizes that the host side checks or needs: crates/ffi/src/kernels.rs reads them when it loads the kernels.
+#include "attend.cuh"
+#include "params.cuh"
+
+namespace kakeya {
+
+extern "C" __device__ uint32_t kakeya_info[] = {
+    sizeof(PlanParams),
+    sizeof(AppendParams),
+    sizeof(SealParams),
+    sizeof(OpenParams),
+    sizeof(AttendParams),
+    sizeof(Tables),
+    // Shared memory of attention before its stages, by head_dim and rows a pass.
+    AttendShared<64, 4>::kStages,
+    AttendShared<64, 8>::kStages,
+    AttendShared<64, 16>::kStages,
+    AttendShared<128, 4>::kStages,
+    AttendShared<128, 8>::kStages,
+    AttendShared<128, 16>::kStages,
+    AttendShared<256, 4>::kStages,
+    AttendShared<256, 8>::kStages,
+    AttendShared<256, 16>::kStages,
+};
+
+}  // namespace kakeya
