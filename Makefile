@@ -1,13 +1,15 @@
 # The two commands are `make demo` and `make test`; README.md says what they do and take. Each script sets up what is missing.
 # PYTHON chooses the interpreter of .venv (3.11, 3.12 or 3.13).
 
-.PHONY: help setup build demo test lint format clean
+.PHONY: help setup build kernels demo test test-gpu bench-gpu lint format clean
 
 help:
 	@echo 'make setup   .venv with vLLM and the plugin, libkakeya, a small model'
 	@echo 'make demo    a real model through KAKEYA: text, capacity and quality (writes demo.json)'
 	@echo 'make test    every test'
 	@echo 'make build   libkakeya only'
+	@echo 'make kernels   the CUDA kernels, for the next build (needs no GPU; set-up does it where there is one)'
+	@echo 'make test-gpu  kernels and engines on a GPU; make bench-gpu measures them'
 	@echo 'make lint    formatters and linters only; make format mends what they can'
 	@echo 'make clean   remove what the above made, except downloads and .venv'
 
@@ -15,13 +17,22 @@ setup:
 	@scripts/setup.sh
 
 build:
-	cargo build --release --locked -p kakeya-ffi
+	@bash -c 'source scripts/common.sh && cargo build --release --locked -p kakeya-ffi'
+
+kernels:
+	@scripts/kernels.sh
 
 demo: setup
 	@scripts/demo.sh
 
 test: setup
 	@scripts/test.sh
+
+test-gpu: setup
+	@scripts/test_gpu.sh
+
+bench-gpu: setup
+	@scripts/bench_gpu.sh
 
 lint: setup
 	@scripts/test.sh lint

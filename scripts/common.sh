@@ -11,6 +11,8 @@ export KAKEYA_CACHE=${KAKEYA_CACHE:-$CACHE/kakeya}
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 # Threads that wait by spinning would take the cores from other thread pools (kakeya_vllm/engine.py).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} KMP_BLOCKTIME=${KMP_BLOCKTIME:-0}
+# CUDA kernels are embedded in libkakeya once `make kernels` has compiled them; until then the library has none.
+if [[ -f $ROOT/target/kernels/archs.txt ]]; then export KAKEYA_KERNELS=$ROOT/target/kernels; fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say() { printf '\n== %s\n' "$*"; }

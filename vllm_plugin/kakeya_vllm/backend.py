@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
@@ -19,7 +20,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from kakeya_vllm import config, lib
+from kakeya_vllm import config, cuda, lib
 from kakeya_vllm.register import NAME
 
 
@@ -48,8 +49,10 @@ class KakeyaBackend(AttentionBackend):
         return KakeyaImpl
 
     @staticmethod
-    def get_builder_cls() -> type[KakeyaMetadataBuilder]:
-        return KakeyaMetadataBuilder
+    def get_builder_cls() -> type[AttentionMetadataBuilder]:
+        from vllm.platforms import current_platform
+
+        return KakeyaMetadataBuilder if current_platform.is_cpu() else KakeyaCudaMetadataBuilder
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -141,6 +144,40 @@ class KakeyaMetadataBuilder(AttentionMetadataBuilder[KakeyaMetadata]):
             positions=positions_of(query_start, seq_lens, num_tokens),
             open_slot=self.runtime.open_blocks.open_slot,
         )
+
+
+class KakeyaCudaMetadataBuilder(AttentionMetadataBuilder[cuda.KakeyaCudaMetadata]):
+    """The same on a GPU: launches the plan of the step, and never waits for the device.
+
+    Full CUDA graphs hold steps in which every sequence decodes (one token, and drafts to verify).
+    The plan is made outside of the graph, in :meth:`build`, which vLLM calls before every replay.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Decoding sequences first, so that prefills are neighbours and share launches.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        context = vllm_config.compilation_config.static_forward_context
+        self.planner = cuda.Planner(context[layer_names[0]].impl.runtime.cuda)
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: Any, kv_cache_spec: Any) -> int:
+        # Lengths come from the device's query_start_loc, so they may differ within a batch.
+        return cuda.max_query(vllm_config)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> cuda.KakeyaCudaMetadata:
+        if common_attn_metadata.causal is not True:
+            raise ValueError("KAKEYA does not support: non-causal attention")
+        return self.planner.build(common_attn_metadata)
 
 
 def positions_of(

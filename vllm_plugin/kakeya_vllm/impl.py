@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from kakeya_vllm import lib, support
+from kakeya_vllm import cuda, lib, support
 from kakeya_vllm.backend import KakeyaMetadata
 from kakeya_vllm.open_blocks import pool_size
 
@@ -56,20 +56,30 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
         self.runtime: Any = None
         # Allocated with the layer, so that vLLM's memory profiling counts it. vLLM builds layers
         # under the model's dtype and device. Not cleared: only rows written before are read.
+        num_open = pool_size(get_current_vllm_config())
+        on_gpu = torch.get_default_device().type == "cuda"
         self.open_pool = torch.empty(
-            pool_size(get_current_vllm_config()),
+            num_open + on_gpu,
             2,
             self.num_kv_heads,
             lib.BLOCK_TOKENS,
             head_size,
             dtype=torch.get_default_dtype(),
         )
+        self._cuda: cuda.CudaLayer | None = None
+        if on_gpu:
+            # The slot behind the pool is the null block's (cuda.py); dummy runs seal it.
+            self.open_pool[num_open].zero_()
+            cuda.flash_version(head_size)  # vLLM's settings are at hand only now
         self._write = lib.WriteArgs(struct_size=ctypes.sizeof(lib.WriteArgs))
         self._attend = lib.AttendArgs(struct_size=ctypes.sizeof(lib.AttendArgs))
 
     def bind(self, runtime: Any, layer: int, first_head: int) -> None:
         """Take the worker's runtime and fill in what is the same in every step."""
         self.runtime = runtime
+        if runtime.cuda is not None:
+            self._cuda = cuda.CudaLayer(runtime.cuda, self.open_pool, layer, first_head, self.scale)
+            return
         num_open = self.open_pool.shape[0]
         for args in (self._write, self._attend):
             args.layer = layer
@@ -90,17 +100,21 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: KakeyaMetadata | None,
+        attn_metadata: KakeyaMetadata | cuda.KakeyaCudaMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """query, output [rows, heads, D]; key, value [rows, KV heads, D]; kv_cache [B, H, 1, P].
 
-        Rows from the step's last token on are padding; their output is zero.
+        Rows from the step's last token on are padding; their output is zero on the CPU and left as
+        it is on a GPU, as vLLM's own backends do.
         """
         if attn_metadata is None:  # a profiling run: there is no cache yet
             return output.zero_()
+        if self._cuda is not None:
+            self._cuda.forward(attn_metadata, query, key, value, kv_cache, output)
+            return output
         step = attn_metadata
         output[step.num_computed_rows :].zero_()
         self._fill(step, query, key, value, kv_cache, output)

@@ -11,7 +11,18 @@ import ctypes
 import functools
 import json
 import os
-from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    byref,
+    c_char_p,
+    c_float,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +165,139 @@ class AttendArgs(ctypes.Structure):
     ]
 
 
+class CudaLimits(ctypes.Structure):
+    """kakeya_cuda_limits: what a step on the device holds at most."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("device", c_int32),
+        ("max_seqs", c_uint32),
+        ("max_tokens", c_uint32),
+        ("max_query", c_uint32),
+        ("num_kv_heads", c_uint32),
+    ]
+
+
+class CudaBuffers(ctypes.Structure):
+    """kakeya_cuda_buffers: sizes of what the caller allocates on the device."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("attend_blocks", c_uint32),
+        ("plan_len", c_uint64),
+        ("workspace_len", c_uint64),
+        ("counters_len", c_uint64),
+    ]
+
+
+class CudaPlanArgs(ctypes.Structure):
+    """kakeya_cuda_plan_args: which blocks a step fills, how its attention is divided."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("num_seqs", c_uint32),
+        ("max_blocks_per_seq", c_uint32),
+        ("num_blocks", c_uint32),
+        ("query_start", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64),
+        ("open_slot", c_void_p),
+        ("plan", c_void_p),
+        ("stream", c_void_p),
+    ]
+
+
+class CudaWriteArgs(ctypes.Structure):
+    """kakeya_cuda_write_args: K and V of one step into open blocks (append) and pages (seal)."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("layer", c_uint32),
+        ("first_head", c_uint32),
+        ("dtype", c_uint32),
+        ("num_tokens", c_uint32),
+        ("num_seqs", c_uint32),
+        ("num_blocks", c_uint32),
+        ("num_open", c_uint32),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_token_stride", c_int64),
+        ("k_head_stride", c_int64),
+        ("v_token_stride", c_int64),
+        ("v_head_stride", c_int64),
+        ("slot_mapping", c_void_p),
+        ("open_slot", c_void_p),
+        ("open_blocks", c_void_p),
+        ("plan", c_void_p),
+        ("pages", c_void_p),
+        ("page_block_stride", c_int64),
+        ("page_head_stride", c_int64),
+        ("status", c_void_p),
+        ("stream", c_void_p),
+    ]
+
+
+class CudaAttendArgs(ctypes.Structure):
+    """kakeya_cuda_attend_args: attention of short queries over pages and open blocks."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("layer", c_uint32),
+        ("first_head", c_uint32),
+        ("dtype", c_uint32),
+        ("num_seqs", c_uint32),
+        ("num_tokens", c_uint32),
+        ("num_blocks", c_uint32),
+        ("num_open", c_uint32),
+        ("max_blocks_per_seq", c_uint32),
+        ("scale", c_float),
+        ("q", c_void_p),
+        ("q_token_stride", c_int64),
+        ("q_head_stride", c_int64),
+        ("out", c_void_p),
+        ("out_token_stride", c_int64),
+        ("out_head_stride", c_int64),
+        ("query_start", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64),
+        ("pages", c_void_p),
+        ("page_block_stride", c_int64),
+        ("page_head_stride", c_int64),
+        ("open_blocks", c_void_p),
+        ("open_slot", c_void_p),
+        ("plan", c_void_p),
+        ("workspace", c_void_p),
+        ("counters", c_void_p),
+        ("stream", c_void_p),
+    ]
+
+
+class CudaOpenArgs(ctypes.Structure):
+    """kakeya_cuda_open_args: pages into dense rows."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("layer", c_uint32),
+        ("first_head", c_uint32),
+        ("dtype", c_uint32),
+        ("count", c_uint32),
+        ("num_blocks", c_uint32),
+        ("blocks", c_void_p),
+        ("pages", c_void_p),
+        ("page_block_stride", c_int64),
+        ("page_head_stride", c_int64),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_token_stride", c_int64),
+        ("k_head_stride", c_int64),
+        ("v_token_stride", c_int64),
+        ("v_head_stride", c_int64),
+        ("stream", c_void_p),
+    ]
+
+
 # name -> (argument types); all of these return kakeya_status (int32).
 _STATUS_FUNCTIONS: dict[str, list[Any]] = {
     "kakeya_recipe_page_bytes": [c_char_p, c_size_t, c_uint32, POINTER(c_size_t)],
@@ -184,6 +328,13 @@ _STATUS_FUNCTIONS: dict[str, list[Any]] = {
     ],
     "kakeya_write": [c_void_p, POINTER(WriteArgs)],
     "kakeya_attend": [c_void_p, POINTER(AttendArgs)],
+    "kakeya_cuda_new": [c_void_p, POINTER(CudaLimits), POINTER(c_void_p)],
+    "kakeya_cuda_sizes": [c_void_p, POINTER(CudaBuffers)],
+    "kakeya_cuda_plan": [c_void_p, POINTER(CudaPlanArgs)],
+    "kakeya_cuda_append": [c_void_p, POINTER(CudaWriteArgs)],
+    "kakeya_cuda_seal": [c_void_p, POINTER(CudaWriteArgs)],
+    "kakeya_cuda_attend": [c_void_p, POINTER(CudaAttendArgs)],
+    "kakeya_cuda_open": [c_void_p, POINTER(CudaOpenArgs)],
 }
 
 
@@ -219,13 +370,14 @@ class Library:
                 f"{path} speaks version {found} of the C interface, this package version "
                 f"{ABI_VERSION}: the library and the Python package are of different releases"
             )
-        for name in ("kakeya_version", "kakeya_last_error", "kakeya_simd"):
+        for name in ("kakeya_version", "kakeya_last_error", "kakeya_simd", "kakeya_cuda_archs"):
             getattr(self._dll, name).restype = c_char_p
             getattr(self._dll, name).argtypes = []
         self._dll.kakeya_status_name.restype = c_char_p
         self._dll.kakeya_status_name.argtypes = [c_int32]
-        self._dll.kakeya_codec_free.restype = None
-        self._dll.kakeya_codec_free.argtypes = [c_void_p]
+        for name in ("kakeya_codec_free", "kakeya_cuda_free"):
+            getattr(self._dll, name).restype = None
+            getattr(self._dll, name).argtypes = [c_void_p]
         for name, argtypes in _STATUS_FUNCTIONS.items():
             function = getattr(self._dll, name)
             function.restype = c_int32
@@ -259,6 +411,11 @@ class Library:
     def simd(self) -> str:
         """The instruction set that run-time dispatch chose: avx512, avx2 or portable."""
         return self._dll.kakeya_simd().decode("ascii")
+
+    @property
+    def cuda_archs(self) -> str:
+        """What the CUDA kernels were compiled for, such as "sm_90 compute_80"; "" without any."""
+        return self._dll.kakeya_cuda_archs().decode("ascii")
 
     def recipe_page_bytes(self, recipe: str, head_dim: int) -> int:
         """Bytes of one page (128 tokens of one KV head). ``recipe``: preset name or JSON."""
@@ -342,6 +499,61 @@ class Codec:
 
     def attend(self, args: AttendArgs) -> None:
         self.library.check(self._attend(self._handle, byref(args)))
+
+
+class CudaCodec:
+    """A kakeya_cuda: a codec made ready for one device; freed with the object.
+
+    Tensors are passed by address on the device. The calls launch on the given stream and return.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        device: int,
+        max_seqs: int,
+        max_tokens: int,
+        max_query: int,
+        num_kv_heads: int,
+    ) -> None:
+        self.library = codec.library
+        limits = CudaLimits(
+            ctypes.sizeof(CudaLimits), device, max_seqs, max_tokens, max_query, num_kv_heads
+        )
+        self._handle = c_void_p()
+        self.library.call("kakeya_cuda_new", codec._handle, byref(limits), byref(self._handle))
+        # Bound once: all but open are called for every layer of every step.
+        dll = self.library._dll
+        self._plan, self._open = dll.kakeya_cuda_plan, dll.kakeya_cuda_open
+        self._append, self._seal = dll.kakeya_cuda_append, dll.kakeya_cuda_seal
+        self._attend = dll.kakeya_cuda_attend
+
+    def __del__(self) -> None:
+        handle, self._handle = getattr(self, "_handle", None), None
+        if handle:
+            self.library._dll.kakeya_cuda_free(handle)
+
+    def buffers(self) -> CudaBuffers:
+        """How large the buffers on the device must be."""
+        out = CudaBuffers(struct_size=ctypes.sizeof(CudaBuffers))
+        self.library.call("kakeya_cuda_sizes", self._handle, byref(out))
+        return out
+
+    def plan(self, args: CudaPlanArgs) -> None:
+        self.library.check(self._plan(self._handle, byref(args)))
+
+    def append(self, args: CudaWriteArgs) -> None:
+        self.library.check(self._append(self._handle, byref(args)))
+
+    def seal(self, args: CudaWriteArgs) -> None:
+        self.library.check(self._seal(self._handle, byref(args)))
+
+    def attend(self, args: CudaAttendArgs) -> None:
+        self.library.check(self._attend(self._handle, byref(args)))
+
+    def open(self, args: CudaOpenArgs) -> None:
+        self.library.check(self._open(self._handle, byref(args)))
 
 
 @functools.cache

@@ -95,6 +95,14 @@ class OpenBlocks:
         # Lowest first, so that a lightly loaded engine touches few pages of the pool's memory.
         self._free = list(range(num_open - 1, -1, -1))
         self._requests: dict[str, _Request] = {}
+        self._changed: set[int] = set()
+
+    def take_changes(self) -> tuple[list[int], list[int]]:
+        """Blocks whose slot changed since the last call, and their slots now: for a copy of the map
+        that lives elsewhere."""
+        blocks = sorted(self._changed)
+        self._changed.clear()
+        return blocks, [int(self._map[block]) for block in blocks]
 
     @property
     def in_use(self) -> int:
@@ -192,12 +200,14 @@ class OpenBlocks:
             )
         slot = self._free.pop()
         self._map[block_id] = slot
+        self._changed.add(block_id)
         return slot
 
     def _release(self, request: _Request, indices: Iterable[int]) -> None:
         for index in list(indices):
             self._free.append(request.slots.pop(index))
             self._map[request.block_ids[index]] = -1
+            self._changed.add(request.block_ids[index])
 
     def _release_sealed(self, request: _Request, computed: int) -> None:
         """Free the slots of blocks that are full for good, given ``computed`` tokens."""

@@ -104,6 +104,7 @@ def _prepare(vllm_config: Any) -> None:
         )
     support.check_config(vllm_config)
     settings = config.resolve(vllm_config.additional_config, vllm_config.model_config)
+    support.check_settings(settings)
     for warning in settings.warnings:
         logger.warning("%s", warning)
     if isinstance(vllm_config.additional_config, dict):
@@ -223,9 +224,13 @@ def worker(module: ModuleType) -> None:
         @functools.wraps(original)
         def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             runtime = getattr(self, "_kakeya", None)
-            if runtime is not None:
-                runtime.before_step(scheduler_output)
-            return original(self, scheduler_output, *args, **kwargs)
+            if runtime is None:
+                return original(self, scheduler_output, *args, **kwargs)
+            runtime.before_step(scheduler_output)
+            try:
+                return original(self, scheduler_output, *args, **kwargs)
+            finally:
+                runtime.after_step()
 
         return execute_model
 

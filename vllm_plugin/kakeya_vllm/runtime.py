@@ -11,6 +11,7 @@ from typing import Any
 
 from kakeya_vllm import banner, lib, rope, support
 from kakeya_vllm.config import Settings
+from kakeya_vllm.cuda import CudaWorker
 from kakeya_vllm.open_blocks import OpenBlocks, lookback_tokens, pool_size
 
 
@@ -26,6 +27,7 @@ class Runtime:
         self.layers = layers  # name -> vLLM Attention layer, compressed ones only
         self.codec = codec
         self.open_blocks: OpenBlocks | None = None
+        self.cuda: CudaWorker | None = None
 
     @classmethod
     def for_worker(cls, worker: Any, settings: Settings) -> Runtime:
@@ -50,6 +52,8 @@ class Runtime:
             artefact = Path(settings.calibration).read_bytes() if settings.calibration else None
             codec = lib.load().codec(settings.recipe, shape, artefact)
         runtime = cls(vllm_config, settings, layers, codec)
+        if layers and worker.device.type == "cuda":
+            runtime._make_cuda(worker.device)
         first_head = _first_kv_head(vllm_config)
         for name, layer in layers.items():
             layer.impl.bind(runtime, support.layer_index(name), first_head)
@@ -59,12 +63,34 @@ class Runtime:
         """Take the KV cache's size; called before vLLM allocates it and builds metadata."""
         if self.layers:
             self._make_open_blocks(kv_cache_config)
+        if self.cuda is not None:
+            self.cuda.bind(kv_cache_config.num_blocks)
         banner.log(self, kv_cache_config)
 
     def before_step(self, scheduler_output: Any) -> None:
         """Follow the requests of one SchedulerOutput, before the model runs it."""
         if self.open_blocks is not None:
             self.open_blocks.update(scheduler_output)
+        if self.cuda is not None:
+            self.cuda.before_step(self.open_blocks)
+
+    def after_step(self) -> None:
+        """The model has run (on a GPU: is queued)."""
+        if self.cuda is not None:
+            self.cuda.live = False
+
+    def _make_cuda(self, device: Any) -> None:
+        layer = next(iter(self.layers.values()))
+        pool = layer.impl.open_pool
+        self.cuda = CudaWorker(
+            self.vllm_config,
+            self.codec,
+            device=device,
+            dtype=pool.dtype,
+            num_kv_heads=layer.num_kv_heads,
+            head_size=layer.head_size,
+            num_open=pool.shape[0] - 1,
+        )
 
     def _make_open_blocks(self, kv_cache_config: Any) -> None:
         groups = kv_cache_config.kv_cache_groups

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kakeya_vllm import lib
 from kakeya_vllm.lib import BLOCK_TOKENS
 
 # Drafts from these methods come without a model, so no layer of a drafter needs a cache.
@@ -37,7 +38,7 @@ def layer_index(prefix: str) -> int | None:
 def check_config(vllm_config: Any) -> None:
     """Raise UnsupportedFeature if anything in the engine's configuration is not supported."""
     features = [
-        *_platform_features(),
+        *_platform_features(vllm_config),
         *_model_features(vllm_config.model_config),
         *_cache_features(vllm_config),
         *_parallel_features(vllm_config.parallel_config),
@@ -48,12 +49,48 @@ def check_config(vllm_config: Any) -> None:
         raise UnsupportedFeature(features)
 
 
-def _platform_features() -> list[str]:
+def _platform_features(vllm_config: Any) -> list[str]:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         return []
-    return [f"the {current_platform.device_name} platform (this release runs on CPU)"]
+    if not current_platform.is_cuda():
+        return [f"the {current_platform.device_name} platform (valid: CPU, CUDA)"]
+    return _cuda_features(vllm_config, current_platform, lib.load().cuda_archs)
+
+
+def _cuda_features(vllm_config: Any, platform: Any, archs: str) -> list[str]:
+    """What the CPU serves and the kernels do not. ``archs``: what libkakeya has kernels for."""
+    from kakeya_vllm import cuda
+
+    model = vllm_config.model_config
+    if not archs:
+        return [
+            "GPUs with this libkakeya, which was built without kernels (build it on a machine "
+            "with an NVIDIA GPU, or after `make kernels`)"
+        ]
+    found = []
+    if not platform.has_device_capability(cuda.MIN_CAPABILITY):
+        found.append("GPUs before compute capability 8.0")
+    if model.dtype not in cuda.DTYPES:
+        found.append(f"{model.dtype} on a GPU (valid: bfloat16, float16)")
+    if model.get_head_size() not in cuda.HEAD_DIMS:
+        found.append(f"head_dim {model.get_head_size()} on a GPU (valid: {cuda.HEAD_DIMS})")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and (speculative.num_speculative_tokens or 0) >= cuda.MAX_QUERY:
+        found.append(
+            f"{speculative.num_speculative_tokens} speculative tokens on a GPU "
+            f"(valid: up to {cuda.MAX_QUERY - 1})"
+        )
+    return found
+
+
+def check_settings(settings: Any) -> None:
+    """Raise UnsupportedFeature for settings that this machine does not serve."""
+    from vllm.platforms import current_platform
+
+    if settings.prefill == "sealed" and not current_platform.is_cpu():
+        raise UnsupportedFeature(["KAKEYA_PREFILL=sealed on a GPU (valid: raw)"])
 
 
 def _model_features(model: Any) -> list[str]:
