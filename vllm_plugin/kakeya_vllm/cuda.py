@@ -31,6 +31,7 @@ HISTORY_TOKENS = 16384
 _EARLY_BLOCKS = 1 << 16
 # Steps between two looks at the kernels' status word.
 _STATUS_STEPS = 16
+_NON_FINITE = 1  # bit of the status word
 
 DTYPES = {torch.bfloat16: lib.DTYPE_BF16, torch.float16: lib.DTYPE_F16}
 
@@ -145,11 +146,13 @@ class CudaWorker:
             host, event = self._seen
             if event is not None and not event.query():
                 return
-            if int(host[0]):
+            if int(host[0]) & _NON_FINITE:
                 raise RuntimeError(
                     "a layer produced keys or values that are not finite (or above 2^24), which "
                     "cannot be stored in a page"
                 )
+            if int(host[0]):
+                raise RuntimeError("a block was filled that was not open: please report this")
         cuda = self.device.type == "cuda"
         host = torch.empty(1, dtype=torch.int32, pin_memory=cuda)
         host.copy_(self.status, non_blocking=True)

@@ -11,9 +11,7 @@ use crate::codec::{borrow, check_heads, check_layer, kakeya_codec};
 use crate::driver::{self, Device};
 use crate::dtype::kakeya_dtype;
 use crate::error::{Outcome, refuse};
-use crate::kernels::{
-    AppendParams, AttendParams, Kernels, Limits, OpenParams, PlanParams, SealParams, append_grid,
-};
+use crate::kernels::{AppendParams, AttendParams, Kernels, Limits, OpenParams, PlanParams, SealParams};
 use crate::panic::boundary;
 use crate::status::kakeya_status::{self, *};
 use crate::tensor::{OpenBlocks, OpenSlots, Pages, Tensor, table};
@@ -154,7 +152,8 @@ pub struct kakeya_cuda_write_args {
     pub page_block_stride: i64,
     /// Bytes from a head's page to the next head's of the same block.
     pub page_head_stride: i64,
-    /// Output of seal: one uint32, set to non-zero where a value could not be sealed (NON_FINITE).
+    /// Output of seal: one uint32 that takes bits where a page could not be written: 1 a value is not
+    /// finite or above 2^24, 2 a block that began before this step has no slot.
     pub status: *mut u32,
     /// A CUstream of the device's primary context.
     pub stream: *mut c_void,
@@ -432,7 +431,12 @@ pub unsafe extern "C" fn kakeya_cuda_plan(
         };
         // SAFETY: the kernel takes this one struct; the header asks for memory that is there until it has run.
         unsafe {
-            cuda.device.launch(&cuda.kernels.plan, [1, 1], args.stream, &mut [from_mut(&mut params).cast()])
+            cuda.device.launch(
+                &cuda.kernels.plan,
+                [1, 1, 1],
+                args.stream,
+                &mut [from_mut(&mut params).cast()],
+            )
         }
     })
 }
@@ -466,7 +470,7 @@ pub unsafe extern "C" fn kakeya_cuda_append(
             head_dim: cuda.shape.head_dim as i32,
             reserved: 0,
         };
-        let grid = append_grid(args.num_tokens, heads);
+        let grid = cuda.kernels.append_grid(args.num_tokens, heads, cuda.shape.head_dim);
         // SAFETY: as in kakeya_cuda_plan.
         unsafe {
             cuda.device.launch(
@@ -513,7 +517,7 @@ pub unsafe extern "C" fn kakeya_cuda_seal(
             num_kv_heads: heads as i32,
             element: element as i32,
         };
-        let grid = [Limits::tasks(args.num_seqs, args.num_tokens), heads];
+        let grid = cuda.kernels.seal_grid(args.num_seqs, args.num_tokens, heads);
         // SAFETY: as in kakeya_cuda_plan.
         unsafe {
             cuda.device.launch(
@@ -675,7 +679,7 @@ pub unsafe extern "C" fn kakeya_cuda_open(
         unsafe {
             cuda.device.launch(
                 &cuda.kernels.open[element],
-                [args.count, heads],
+                [args.count, heads, 2],
                 args.stream,
                 &mut [from_mut(&mut params).cast()],
             )

@@ -203,7 +203,7 @@ impl Device {
     pub unsafe fn launch(
         &self,
         kernel: &Kernel,
-        grid: [u32; 2],
+        grid: [u32; 3],
         stream: *mut c_void,
         arguments: &mut [*mut c_void],
     ) -> Outcome {
@@ -215,7 +215,7 @@ impl Device {
         let launched = unsafe {
             result::launch_kernel(
                 kernel.function,
-                (grid[0], grid[1], 1),
+                grid.into(),
                 (kernel.threads, 1, 1),
                 kernel.shared,
                 stream.cast(),

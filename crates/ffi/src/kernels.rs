@@ -135,7 +135,8 @@ const STAGES: std::ops::RangeInclusive<u32> = 4..=8;
 
 /// `kakeya_info` of `kernels/info.cu`: sizes that both sides must agree on.
 const INFO: &str = "kakeya_info";
-const INFO_LEN: usize = 6 + HEAD_DIMS.len() * ROWS.len();
+const SIZES: usize = 6;
+const INFO_LEN: usize = SIZES + HEAD_DIMS.len() * (2 + ROWS.len());
 
 /// What a step may hold at most; see kakeya_cuda_limits.
 #[derive(Clone, Copy, Debug)]
@@ -166,7 +167,7 @@ impl Limits {
 pub(crate) struct Attend {
     pub kernel: Kernel,
     pub stages: u32,
-    pub grid: [u32; 2],
+    pub grid: [u32; 3],
     rows: u32,
 }
 
@@ -178,6 +179,9 @@ pub(crate) struct Kernels {
     pub seal: [Kernel; 2],
     pub open: [Kernel; 2],
     pub attend: Attend,
+    multiprocessors: u32,
+    /// Blocks of kakeya_seal that run at once.
+    seal_blocks: u32,
 }
 
 impl Kernels {
@@ -203,7 +207,7 @@ impl Kernels {
                 return refuse!(
                     KAKEYA_ERR_NO_KERNELS,
                     "the embedded kernels are of another version (sizes {:?}; valid: {ours:?})",
-                    &info[..6]
+                    &info[..SIZES]
                 );
             }
         }
@@ -213,20 +217,33 @@ impl Kernels {
                 device.kernel(&format!("{name}_f16"), shared)?,
             ])
         };
-        let shared = &info[6 + column * ROWS.len()..][..ROWS.len()];
+        let (seal_shared, rest) = info[SIZES..].split_at(HEAD_DIMS.len());
+        let (open_shared, attend_shared) = rest.split_at(HEAD_DIMS.len());
+        let attend_shared = &attend_shared[column * ROWS.len()..][..ROWS.len()];
+        let seal = pair("kakeya_seal", seal_shared[column] as usize)?;
         Ok(Self {
             plan: device.kernel("kakeya_plan", 0)?,
             append: pair("kakeya_append", 0)?,
-            seal: pair("kakeya_seal", seal_shared(head_dim))?,
-            open: pair("kakeya_open", 0)?,
-            attend: Attend::new(device, codec, limits, shared)?,
+            seal,
+            open: pair("kakeya_open", open_shared[column] as usize)?,
+            attend: Attend::new(device, codec, limits, attend_shared)?,
+            multiprocessors: device.multiprocessors,
+            seal_blocks: device.multiprocessors * device.occupancy(&seal[0])?,
         })
     }
-}
 
-/// Dynamic shared memory of kakeya_seal: the block's rows as f32.
-fn seal_shared(head_dim: usize) -> usize {
-    KAKEYA_BLOCK_TOKENS as usize * head_dim * size_of::<f32>()
+    /// Grid of kakeya_append: eight elements a thread and turn, and no more blocks than run at once.
+    pub fn append_grid(&self, num_tokens: u32, num_kv_heads: u32, head_dim: usize) -> [u32; 3] {
+        let chunks = u64::from(num_tokens) * 2 * u64::from(num_kv_heads) * (head_dim as u64 / 8);
+        let blocks = chunks.div_ceil(u64::from(self.append[0].threads));
+        [blocks.min(u64::from(self.multiprocessors) * 8) as u32, 1, 1]
+    }
+
+    /// Grid of kakeya_seal: two blocks for each (block, KV head) that may be full, and no more than run at once.
+    pub fn seal_grid(&self, num_seqs: u32, num_tokens: u32, num_kv_heads: u32) -> [u32; 3] {
+        let pairs = u64::from(Limits::tasks(num_seqs, num_tokens)) * u64::from(num_kv_heads);
+        [2 * pairs.min(u64::from(self.seal_blocks / 2).max(1)) as u32, 1, 1]
+    }
 }
 
 impl Attend {
@@ -266,7 +283,7 @@ impl Attend {
         };
         // The last question set the attribute of the fewest stages.
         let kernel = device.kernel(&name, kernel.shared as usize)?;
-        Ok(Self { kernel, stages, grid: [device.multiprocessors * blocks, needed.div_ceil(rows)], rows })
+        Ok(Self { kernel, stages, grid: [device.multiprocessors * blocks, needed.div_ceil(rows), 1], rows })
     }
 
     /// float32 of the workspace: a record for each block and each (sequence, KV head), a pass.
@@ -279,9 +296,4 @@ impl Attend {
     pub fn counters_len(&self, limits: &Limits) -> u64 {
         u64::from(self.grid[1]) * u64::from(limits.max_seqs) * u64::from(limits.num_kv_heads)
     }
-}
-
-/// Grid of kakeya_append.
-pub(crate) fn append_grid(num_tokens: u32, num_kv_heads: u32) -> [u32; 2] {
-    [num_tokens, num_kv_heads]
 }
