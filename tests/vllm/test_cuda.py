@@ -1,0 +1,256 @@
+"""The CUDA side of the plugin without a GPU: torch tensors on the CPU and a device library whose
+pages are exact (fake_cuda.py). Engines on a GPU run the tests of test_engine.py."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import fake_cuda
+import pytest
+import torch
+from kakeya_vllm import cuda, lib
+from kakeya_vllm.open_blocks import OpenBlocks
+
+BLOCK = lib.BLOCK_TOKENS
+HEADS, GROUP, DIM = 2, 2, 64
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def torch_instead_of_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "flash_attention", fake_cuda.flash_attention)
+    monkeypatch.setattr(cuda, "merge_attention", fake_cuda.merge_attention)
+    monkeypatch.setattr(cuda, "HISTORY_TOKENS", 2 * BLOCK)  # several pieces of history
+
+
+def settings(drafts: int = 0, max_seqs: int = 8, max_tokens: int = 1024) -> Any:
+    speculative = SimpleNamespace(num_speculative_tokens=drafts) if drafts else None
+    return SimpleNamespace(
+        speculative_config=speculative,
+        scheduler_config=SimpleNamespace(max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=16),
+        model_config=SimpleNamespace(max_model_len=2048),
+    )
+
+
+class Engine:
+    """Requests of random tokens through scheduler outputs, OpenBlocks, planner and one layer."""
+
+    def __init__(self, drafts: int = 0, num_blocks: int = 64) -> None:
+        config = settings(drafts)
+        num_open = 24
+        self.worker = cuda.CudaWorker(
+            config,
+            {"head_dim": DIM, "num_kv_heads": HEADS, "num_q_heads": HEADS * GROUP},
+            device=CPU,
+            dtype=torch.bfloat16,
+            num_kv_heads=HEADS,
+            head_size=DIM,
+            num_open=num_open,
+            make=lambda codec, **limits: fake_cuda.FakeCudaCodec(codec, **limits),
+        )
+        self.worker.bind(num_blocks)
+        self.open_blocks = OpenBlocks(num_blocks, num_open, lookback=2 * drafts)
+        self.planner = cuda.Planner(self.worker)
+        pool = torch.full((num_open + 1, 2, HEADS, BLOCK, DIM), float("nan"), dtype=torch.bfloat16)
+        pool[num_open] = 0
+        self.layer = cuda.CudaLayer(self.worker, pool, 0, 0, DIM**-0.5)
+        page = self.worker.codec.page_bytes
+        self.pages = torch.zeros(num_blocks, HEADS, 1, page, dtype=torch.uint8)
+        self.free = list(range(num_blocks - 1, 0, -1))
+        self.tokens: dict[str, torch.Tensor] = {}  # K and V, [2, tokens, heads, D]
+        self.blocks: dict[str, list[int]] = {}
+        self.computed: dict[str, int] = {}
+        self.random = torch.Generator().manual_seed(1)
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.random).to(torch.bfloat16)
+
+    def step(
+        self, counts: dict[str, int], *, pad_seqs: int = 0, pad_tokens: int = 0, slack: int = 0
+    ) -> None:
+        """Run some requests for some tokens each and compare with attention over all tokens.
+        ``slack``: by how much the host overrates lengths of decoding requests."""
+        new, cached = [], []
+        for name, count in counts.items():
+            known = self.blocks.setdefault(name, [])
+            start = self.computed.setdefault(name, 0)
+            fresh = [self.free.pop() for _ in range(-(-(start + count) // BLOCK) - len(known))]
+            known += fresh
+            if start == 0 and name not in self.tokens:
+                self.tokens[name] = torch.empty(2, 0, HEADS, DIM, dtype=torch.bfloat16)
+                request = SimpleNamespace(
+                    req_id=name, block_ids=(list(known),), num_computed_tokens=0
+                )
+                new.append(request)
+            else:
+                cached.append((name, (fresh,) if fresh else None, start))
+        output = SimpleNamespace(
+            finished_req_ids=set(),
+            preempted_req_ids=set(),
+            scheduled_new_reqs=new,
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[name for name, _, _ in cached],
+                new_block_ids=[blocks for _, blocks, _ in cached],
+                num_computed_tokens=[start for _, _, start in cached],
+                resumed_req_ids=set(),
+            ),
+            num_scheduled_tokens=counts,
+        )
+        self.open_blocks.update(output)
+        self.worker.before_step(self.open_blocks)
+
+        order = sorted(counts, key=counts.get)  # decodes first, as the runner does
+        total = sum(counts.values())
+        starts, lens, slots = [0], [], []
+        table = torch.zeros(len(order) + pad_seqs, 16, dtype=torch.int32)
+        keys = [self.draw(2, counts[name], HEADS, DIM) for name in order]
+        for i, name in enumerate(order):
+            start, count = self.computed[name], counts[name]
+            self.tokens[name] = torch.cat((self.tokens[name][:, :start], keys[i]), 1)
+            starts.append(starts[-1] + count)
+            lens.append(start + count)
+            table[i, : len(self.blocks[name])] = torch.tensor(self.blocks[name])
+            slots += [
+                self.blocks[name][p // BLOCK] * BLOCK + p % BLOCK
+                for p in range(start, start + count)
+            ]
+        starts += [total] * pad_seqs
+        k, v = torch.cat((*keys, self.draw(2, pad_tokens, HEADS, DIM)), 1)
+        q = self.draw(total + pad_tokens, HEADS * GROUP, DIM)
+        bound = [n + slack * (counts[name] == 1) for n, name in zip(lens, order, strict=True)]
+        metadata = self.planner.build(
+            SimpleNamespace(
+                query_start_loc=torch.tensor(starts, dtype=torch.int32),
+                query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
+                seq_lens=torch.tensor(lens + [0] * pad_seqs, dtype=torch.int32),
+                seq_lens_cpu_upper_bound=torch.tensor(bound + [0] * pad_seqs, dtype=torch.int32),
+                num_reqs=len(order) + pad_seqs,
+                num_actual_tokens=total + pad_tokens,
+                max_query_len=max(counts.values()),
+                block_table_tensor=table,
+                slot_mapping=torch.tensor(slots + [-1] * pad_tokens, dtype=torch.int64),
+                causal=True,
+            )
+        )
+        out = torch.full_like(q, float("nan"))
+        self.layer.forward(metadata, q, k, v, self.pages, out)
+        self.worker.live = False
+        for i, name in enumerate(order):
+            here = slice(starts[i], starts[i + 1])
+            want, _ = fake_cuda.attention(q[here], *self.tokens[name], DIM**-0.5, causal=True)
+            torch.testing.assert_close(out[here], want, rtol=2e-2, atol=2e-2)
+            self.computed[name] += counts[name]
+
+
+def test_prompts_chunks_and_decoding_in_one_batch() -> None:
+    engine = Engine()
+    engine.step({"a": 300, "b": 128})
+    engine.step({"a": 1, "b": 1, "c": 500, "d": 40})  # two fresh prompts share a launch
+    engine.step({"a": 1, "b": 1, "c": 300, "d": 88})  # both go on; d's block fills
+    engine.step({"a": 1, "b": 126, "c": 1, "d": 1, "e": 2}, slack=3)
+    assert engine.computed == {"a": 303, "b": 256, "c": 801, "d": 129, "e": 2}
+
+
+def test_history_is_read_in_pieces() -> None:
+    engine = Engine()
+    engine.step({"a": 900})
+    engine.worker.codec.calls.clear()
+    # 900 tokens of history, 256 at a time; the last piece is a page and 4 rows of an open block.
+    engine.step({"a": 60})
+    assert engine.worker.codec.calls == ["plan", "append", "seal"] + ["open"] * 4
+
+
+def test_every_length_around_a_block() -> None:
+    engine = Engine(num_blocks=256)
+    for index, first in enumerate((1, 7, 127, 128, 129, 255, 256, 257)):
+        for second in (1, 2, 127, 128, 129):
+            name = f"{index}-{second}"
+            engine.step({name: first})
+            engine.step({name: second})
+            engine.step({name: 1})
+            end = SimpleNamespace(
+                finished_req_ids={name},
+                preempted_req_ids=set(),
+                scheduled_new_reqs=[],
+                scheduled_cached_reqs=SimpleNamespace(
+                    req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()
+                ),
+                num_scheduled_tokens={},
+            )
+            engine.open_blocks.update(end)
+            engine.free += engine.blocks.pop(name)
+
+
+def test_long_decoding_seals_blocks_and_pads() -> None:
+    engine = Engine()
+    engine.step({"a": 120, "b": 10})
+    for _ in range(140):
+        engine.step({"a": 1, "b": 1}, pad_seqs=2, pad_tokens=2)
+    assert engine.open_blocks.in_use == 2
+
+
+def test_drafts_are_verified_by_the_attention_kernel_and_rewritten() -> None:
+    engine = Engine(drafts=3)
+    engine.step({"a": 125, "b": 255})
+    for accepted in (1, 4, 2, 3, 1, 1, 4, 4):
+        engine.worker.codec.calls.clear()
+        engine.step({"a": 4, "b": 4})
+        assert engine.worker.codec.calls == ["plan", "append", "seal", "attend"]
+        for name in "ab":  # the rest was rejected; the next step writes those places again
+            engine.computed[name] -= 4 - accepted
+
+
+def test_a_dummy_run_seals_only_the_null_block() -> None:
+    engine = Engine()
+    engine.step({"a": 250})
+    before = engine.pages.clone()
+    table = torch.tensor([engine.blocks["a"] + [0] * 14], dtype=torch.int32)  # left from the step
+    metadata = engine.planner.build(
+        SimpleNamespace(
+            query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+            query_start_loc_cpu=torch.tensor([0, 1], dtype=torch.int32),
+            seq_lens=torch.tensor([256], dtype=torch.int32),
+            seq_lens_cpu_upper_bound=torch.tensor([256], dtype=torch.int32),
+            num_reqs=1,
+            num_actual_tokens=1,
+            max_query_len=1,
+            block_table_tensor=table,
+            slot_mapping=torch.tensor([-1], dtype=torch.int64),
+            causal=True,
+        )
+    )
+    assert metadata.plan[:8].tolist() == [1, -7, -7, -7, 0, 1, -1, engine.worker.scratch]
+    row = engine.draw(1, HEADS, DIM)
+    out = engine.draw(1, HEADS * GROUP, DIM)
+    engine.layer.forward(metadata, out.clone(), row, row, engine.pages, out)
+    assert torch.equal(engine.pages[1:], before[1:])
+
+
+def test_what_is_not_finite_stops_the_engine() -> None:
+    engine = Engine()
+    engine.step({"a": 1})
+    engine.worker.status.fill_(1)
+    seen = 0
+    with pytest.raises(RuntimeError, match="not finite"):  # noqa: PT012
+        while seen < 40:
+            engine.step({"a": 1})
+            seen += 1
+
+
+def test_a_copied_tensor_is_refused() -> None:
+    engine = Engine()
+    with pytest.raises(ValueError, match="seq_lens must be contiguous"):
+        engine.planner.build(
+            SimpleNamespace(
+                query_start_loc=torch.zeros(2, dtype=torch.int32),
+                seq_lens=torch.zeros(1, dtype=torch.int64),
+                block_table_tensor=torch.zeros(1, 4, dtype=torch.int32),
+                slot_mapping=torch.zeros(1, dtype=torch.int64),
+            )
+        )
+
+
+def test_queries_of_a_decoding_sequence() -> None:
+    assert [cuda.max_query(settings(drafts)) for drafts in (0, 1, 7)] == [1, 2, 8]
