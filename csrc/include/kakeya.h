@@ -135,6 +135,12 @@ enum {
   KAKEYA_ERR_ALIASED = 17,
   // dtype is not a kakeya_dtype.
   KAKEYA_ERR_BAD_DTYPE = 18,
+  // The library was built without CUDA kernels, or without ones for this GPU or shape.
+  KAKEYA_ERR_NO_KERNELS = 19,
+  // There is no CUDA driver, or not this device.
+  KAKEYA_ERR_NO_CUDA = 20,
+  // The CUDA driver refused a call; the text says which and why.
+  KAKEYA_ERR_CUDA = 21,
   // A bug in this library. The process goes on; please report the text of kakeya_last_error().
   // The one status after which outputs may have been written in part.
   KAKEYA_ERR_PANIC = 99,
@@ -529,6 +535,281 @@ typedef struct {
 // seq_lens, block_table, strides), NO_OPEN_SLOT, ALIASED, BAD_PAGE (also: a page of another
 // position).
 kakeya_status kakeya_attend(const kakeya_codec *codec, const kakeya_attend_args *args);
+
+/* ---------------------------------------------------------------------------------------------- */
+/* 9. CUDA: a step on a GPU */
+
+// A codec made ready for one CUDA device: kernels loaded, static tables in the device's memory.
+// Immutable: any number of threads may use it at once. It does not need its codec any more.
+typedef struct kakeya_cuda kakeya_cuda;
+
+// What steps on the device hold at most; sizes of buffers follow from it (kakeya_cuda_sizes).
+typedef struct {
+  // sizeof(kakeya_cuda_limits).
+  uint32_t struct_size;
+  // Ordinal of the device, as CUDA counts the visible ones.
+  int32_t device;
+  // Sequences of a step.
+  uint32_t max_seqs;
+  // Tokens of a step.
+  uint32_t max_tokens;
+  // Tokens of a sequence in a step up to which kakeya_cuda_attend serves it: 1..8. Longer ones are prefill.
+  uint32_t max_query;
+  // KV heads of this rank.
+  uint32_t num_kv_heads;
+} kakeya_cuda_limits;
+
+// Buffers in the device's memory that the caller allocates once.
+typedef struct {
+  // sizeof(kakeya_cuda_buffers), set by the caller.
+  uint32_t struct_size;
+  // Thread blocks of an attention launch: as many as run at once.
+  uint32_t attend_blocks;
+  // int32 of a plan.
+  uint64_t plan_len;
+  // float32 of attention's workspace. Launches on one stream may share it.
+  uint64_t workspace_len;
+  // int32 of attention's counters: zero before the first launch, and zero again after each.
+  uint64_t counters_len;
+} kakeya_cuda_buffers;
+
+// Arguments of kakeya_cuda_plan. Pointers but `stream` are to the device's memory.
+typedef struct {
+  // sizeof(kakeya_cuda_plan_args).
+  uint32_t struct_size;
+  // Sequences of query_start, seq_lens and block_table, padding included; up to max_seqs.
+  uint32_t num_seqs;
+  // Block ids in a row of block_table.
+  uint32_t max_blocks_per_seq;
+  // Blocks of open_slot: block ids are 0..num_blocks-1.
+  uint32_t num_blocks;
+  // [num_seqs + 1], ascending: rows of each sequence. A sequence without rows is padding.
+  const int32_t *query_start;
+  // [num_seqs]: tokens of each sequence, those of this step included.
+  const int32_t *seq_lens;
+  // [num_seqs][max_blocks_per_seq]: block ids of each sequence.
+  const int32_t *block_table;
+  // Entries from a row of block_table to the next.
+  int64_t block_table_stride;
+  // [num_blocks]: the slot in open_blocks of each block, or -1.
+  const int32_t *open_slot;
+  // Output: [plan_len].
+  int32_t *plan;
+  // A CUstream (cudaStream_t) of the device's primary context.
+  void *stream;
+} kakeya_cuda_plan_args;
+
+// Arguments of kakeya_cuda_append and kakeya_cuda_seal. Pointers but `stream` are to the device's
+// memory.
+typedef struct {
+  // sizeof(kakeya_cuda_write_args).
+  uint32_t struct_size;
+  // Layer of the model.
+  uint32_t layer;
+  // The first KV head of k, v, pages and open_blocks, counted in the whole model.
+  uint32_t first_head;
+  // KAKEYA_DTYPE_BF16 or KAKEYA_DTYPE_F16: type of the elements of k, v and open_blocks.
+  uint32_t dtype;
+  // Tokens of k, v and slot_mapping, padding included; up to max_tokens.
+  uint32_t num_tokens;
+  // Sequences of the plan.
+  uint32_t num_seqs;
+  // Blocks of pages and open_slot.
+  uint32_t num_blocks;
+  // Slots of open_blocks.
+  uint32_t num_open;
+  // K after RoPE, [num_tokens][num_kv_heads][head_dim]. 16-byte aligned, as its strides.
+  const void *k;
+  // V, likewise.
+  const void *v;
+  // Elements from a token of k to the next.
+  int64_t k_token_stride;
+  // Elements from a head of k to the next.
+  int64_t k_head_stride;
+  // Elements from a token of v to the next.
+  int64_t v_token_stride;
+  // Elements from a head of v to the next.
+  int64_t v_head_stride;
+  // [num_tokens]: block_id * 128 + offset of each token, or -1 for padding.
+  const int64_t *slot_mapping;
+  // [num_blocks]: the slot in open_blocks of each block, or -1.
+  const int32_t *open_slot;
+  // Output of append: open blocks, [num_open][2: K, V][num_kv_heads][128][head_dim], contiguous.
+  void *open_blocks;
+  // The plan of this step.
+  const int32_t *plan;
+  // Output of seal: pages, [num_blocks][num_kv_heads]. 16-byte aligned, as its strides.
+  uint8_t *pages;
+  // Bytes from a block's pages to the next block's.
+  int64_t page_block_stride;
+  // Bytes from a head's page to the next head's of the same block.
+  int64_t page_head_stride;
+  // Output of seal: one uint32 that takes bits where a page could not be written: 1 a value is not
+  // finite or above 2^24, 2 a block that began before this step has no slot.
+  uint32_t *status;
+  // A CUstream of the device's primary context.
+  void *stream;
+} kakeya_cuda_write_args;
+
+// Arguments of kakeya_cuda_attend. Pointers but `stream` are to the device's memory.
+typedef struct {
+  // sizeof(kakeya_cuda_attend_args).
+  uint32_t struct_size;
+  // Layer of the model.
+  uint32_t layer;
+  // The first KV head of pages and open_blocks, counted in the whole model.
+  uint32_t first_head;
+  // KAKEYA_DTYPE_BF16 or KAKEYA_DTYPE_F16: type of the elements of q, out and open_blocks.
+  uint32_t dtype;
+  // Sequences of the plan.
+  uint32_t num_seqs;
+  // Tokens of q and out, padding included.
+  uint32_t num_tokens;
+  // Blocks of pages and open_slot.
+  uint32_t num_blocks;
+  // Slots of open_blocks.
+  uint32_t num_open;
+  // Block ids in a row of block_table.
+  uint32_t max_blocks_per_seq;
+  // Factor on q.k, usually 1/sqrt(head_dim).
+  float scale;
+  // Queries after RoPE, [num_tokens][query heads][head_dim]. 16-byte aligned, as its strides.
+  const void *q;
+  // Elements from a token of q to the next.
+  int64_t q_token_stride;
+  // Elements from a head of q to the next.
+  int64_t q_head_stride;
+  // Output: attention, likewise. Rows of padding and of sequences with more than max_query tokens
+  // stay untouched.
+  void *out;
+  // Elements from a token of out to the next.
+  int64_t out_token_stride;
+  // Elements from a head of out to the next.
+  int64_t out_head_stride;
+  // As kakeya_cuda_plan took it.
+  const int32_t *query_start;
+  // As kakeya_cuda_plan took it.
+  const int32_t *seq_lens;
+  // As kakeya_cuda_plan took it.
+  const int32_t *block_table;
+  // Entries from a row of block_table to the next.
+  int64_t block_table_stride;
+  // Pages, [num_blocks][num_kv_heads]. 16-byte aligned, as its strides.
+  const uint8_t *pages;
+  // Bytes from a block's pages to the next block's.
+  int64_t page_block_stride;
+  // Bytes from a head's page to the next head's of the same block.
+  int64_t page_head_stride;
+  // Open blocks, [num_open][2: K, V][num_kv_heads][128][head_dim], contiguous.
+  const void *open_blocks;
+  // [num_blocks]: the slot in open_blocks of each block, or -1.
+  const int32_t *open_slot;
+  // The plan of this step.
+  const int32_t *plan;
+  // [workspace_len], not read before it is written.
+  float *workspace;
+  // [counters_len].
+  int32_t *counters;
+  // A CUstream of the device's primary context.
+  void *stream;
+} kakeya_cuda_attend_args;
+
+// Arguments of kakeya_cuda_open. Pointers but `stream` are to the device's memory.
+typedef struct {
+  // sizeof(kakeya_cuda_open_args).
+  uint32_t struct_size;
+  // Layer of the model.
+  uint32_t layer;
+  // The first KV head of pages, counted in the whole model.
+  uint32_t first_head;
+  // KAKEYA_DTYPE_BF16 or KAKEYA_DTYPE_F16: type of the elements of k and v.
+  uint32_t dtype;
+  // Blocks to open.
+  uint32_t count;
+  // Blocks of pages.
+  uint32_t num_blocks;
+  // [count]: ids of the blocks. Block i fills rows 128 i .. 128 i + 127 of k and v.
+  const int32_t *blocks;
+  // Pages, [num_blocks][num_kv_heads]. 16-byte aligned, as its strides.
+  const uint8_t *pages;
+  // Bytes from a block's pages to the next block's.
+  int64_t page_block_stride;
+  // Bytes from a head's page to the next head's of the same block.
+  int64_t page_head_stride;
+  // Output: K after RoPE, [128 count][num_kv_heads][head_dim]. 16-byte aligned, as its strides.
+  void *k;
+  // Output: V, likewise.
+  void *v;
+  // Elements from a token of k to the next.
+  int64_t k_token_stride;
+  // Elements from a head of k to the next.
+  int64_t k_head_stride;
+  // Elements from a token of v to the next.
+  int64_t v_token_stride;
+  // Elements from a head of v to the next.
+  int64_t v_head_stride;
+  // A CUstream of the device's primary context.
+  void *stream;
+} kakeya_cuda_open_args;
+
+// What the kernels in this library were compiled for, such as "sm_80 sm_90 compute_80": machine code
+// for those GPUs, and code that the driver compiles for newer ones. "" without kernels: then
+// kakeya_cuda_new returns NO_KERNELS. Static text.
+const char *kakeya_cuda_archs(void);
+
+// Makes a codec ready for a device: loads the kernels and copies the static tables there. The one
+// function here that allocates (a few MiB of the device's memory) and waits; give the result to
+// kakeya_cuda_free. The codec may be released before.
+//
+// Errors: BAD_STRUCT_SIZE, OUT_OF_RANGE (limits), NO_KERNELS, NO_CUDA, CUDA, UNSUPPORTED (head_dim;
+// too little shared memory).
+kakeya_status kakeya_cuda_new(const kakeya_codec *codec,
+                              const kakeya_cuda_limits *limits,
+                              kakeya_cuda **out);
+
+// Releases a device's codec. NULL is fine. It waits for kernels that run; no other call may use it
+// during this one or after it.
+void kakeya_cuda_free(kakeya_cuda *cuda);
+
+// Sizes of the buffers that the other functions take. The caller sets out->struct_size first.
+//
+// Errors: BAD_STRUCT_SIZE.
+kakeya_status kakeya_cuda_sizes(const kakeya_cuda *cuda, kakeya_cuda_buffers *out);
+
+// Writes the plan of a step: which blocks it fills, and how attention is divided. Once a step, before
+// the other functions; the plan serves all layers. Launches on `stream` and returns at once, as all
+// below: nothing is allocated or waited for, so the launch may be captured in a CUDA graph.
+//
+// What arrays in the device's memory hold is not checked: block ids, slots and lengths must be what
+// the comments say.
+//
+// Errors: BAD_STRUCT_SIZE, OUT_OF_RANGE (num_seqs, strides), ALIASED, CUDA.
+kakeya_status kakeya_cuda_plan(const kakeya_cuda *cuda,
+                               const kakeya_cuda_plan_args *args);
+
+// Copies the K and V of a step into open blocks: every token whose block has a slot.
+//
+// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, counts, strides), ALIASED, CUDA.
+kakeya_status kakeya_cuda_append(const kakeya_cuda *cuda, const kakeya_cuda_write_args *args);
+
+// Seals the blocks that the step fills, after kakeya_cuda_append of the same step and layer: from k
+// and v where the step holds all of a block, else from its open block.
+//
+// Errors: as kakeya_cuda_append.
+kakeya_status kakeya_cuda_seal(const kakeya_cuda *cuda, const kakeya_cuda_write_args *args);
+
+// Attention of the sequences with up to max_query tokens in this step, after kakeya_cuda_append. A
+// query token sees every token of its sequence up to itself; blocks that this step filled are read
+// raw.
+//
+// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, counts, scale, strides), ALIASED,
+// CUDA.
+kakeya_status kakeya_cuda_attend(const kakeya_cuda *cuda, const kakeya_cuda_attend_args *args);
+
+// Opens pages into dense rows, for prefill that continues a sequence, and for debugging.
+//
+// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, count, strides), ALIASED, CUDA.
+kakeya_status kakeya_cuda_open(const kakeya_cuda *cuda, const kakeya_cuda_open_args *args);
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -43,6 +43,9 @@ static void test_frozen_numbers(void) {
       {16, KAKEYA_ERR_NO_OPEN_SLOT, "KAKEYA_ERR_NO_OPEN_SLOT"},
       {17, KAKEYA_ERR_ALIASED, "KAKEYA_ERR_ALIASED"},
       {18, KAKEYA_ERR_BAD_DTYPE, "KAKEYA_ERR_BAD_DTYPE"},
+      {19, KAKEYA_ERR_NO_KERNELS, "KAKEYA_ERR_NO_KERNELS"},
+      {20, KAKEYA_ERR_NO_CUDA, "KAKEYA_ERR_NO_CUDA"},
+      {21, KAKEYA_ERR_CUDA, "KAKEYA_ERR_CUDA"},
       {99, KAKEYA_ERR_PANIC, "KAKEYA_ERR_PANIC"},
   };
   for (size_t i = 0; i < sizeof published / sizeof published[0]; ++i) {
@@ -50,7 +53,7 @@ static void test_frozen_numbers(void) {
     CHECK(strcmp(kakeya_status_name(published[i].number), published[i].name) == 0, "%s",
           kakeya_status_name(published[i].number));
   }
-  CHECK(strcmp(kakeya_status_name(19), "KAKEYA_ERR_UNKNOWN") == 0, "%s", kakeya_status_name(19));
+  CHECK(strcmp(kakeya_status_name(22), "KAKEYA_ERR_UNKNOWN") == 0, "%s", kakeya_status_name(22));
   CHECK(strcmp(kakeya_status_name(-1), "KAKEYA_ERR_UNKNOWN") == 0, "%s", kakeya_status_name(-1));
   CHECK(KAKEYA_DTYPE_BF16 == 0 && KAKEYA_DTYPE_F16 == 1 && KAKEYA_DTYPE_F32 == 2, "dtypes changed");
   CHECK(KAKEYA_ATTEND_SEALED_PREFILL == 1, "flags changed");
@@ -68,6 +71,12 @@ static void test_struct_sizes(void) {
   CHECK(offsetof(kakeya_write_args, open_slot) == 128, "%zu", offsetof(kakeya_write_args, open_slot));
   CHECK(sizeof(kakeya_attend_args) == 232, "%zu", sizeof(kakeya_attend_args));
   CHECK(offsetof(kakeya_attend_args, lse) == 224, "%zu", offsetof(kakeya_attend_args, lse));
+  CHECK(sizeof(kakeya_cuda_limits) == 24, "%zu", sizeof(kakeya_cuda_limits));
+  CHECK(sizeof(kakeya_cuda_buffers) == 32, "%zu", sizeof(kakeya_cuda_buffers));
+  CHECK(sizeof(kakeya_cuda_plan_args) == 72, "%zu", sizeof(kakeya_cuda_plan_args));
+  CHECK(sizeof(kakeya_cuda_write_args) == 152, "%zu", sizeof(kakeya_cuda_write_args));
+  CHECK(sizeof(kakeya_cuda_attend_args) == 192, "%zu", sizeof(kakeya_cuda_attend_args));
+  CHECK(sizeof(kakeya_cuda_open_args) == 112, "%zu", sizeof(kakeya_cuda_open_args));
 }
 
 static void test_texts(void) {
@@ -215,6 +224,58 @@ static void test_calibrated_codec(void) {
   kakeya_codec_free(codec);
 }
 
+/* What can be refused without a GPU; tests/vllm and tests/gpu have the rest. */
+static void test_cuda_refusals(void) {
+  kakeya_codec *codec = codec_of("kakeya-free-4.6x");
+  kakeya_cuda *const canary = (kakeya_cuda *)(void *)&check_failures;
+  kakeya_cuda *cuda = canary;
+  const kakeya_cuda_limits good = {.struct_size = sizeof good,
+                                   .device = 0,
+                                   .max_seqs = 4,
+                                   .max_tokens = 512,
+                                   .max_query = 8,
+                                   .num_kv_heads = KV_HEADS};
+  kakeya_cuda_limits bad = good;
+  CHECK_REFUSED(kakeya_cuda_new(codec, &good, NULL), KAKEYA_ERR_NULL_POINTER, "out is NULL");
+  CHECK_REFUSED(kakeya_cuda_new(codec, NULL, &cuda), KAKEYA_ERR_NULL_POINTER, "limits is NULL");
+  CHECK_REFUSED(kakeya_cuda_new(NULL, &good, &cuda), KAKEYA_ERR_NULL_POINTER, "codec is NULL");
+  bad.struct_size = 8;
+  CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_BAD_STRUCT_SIZE, "limits->struct_size is 8");
+  bad = good, bad.max_seqs = 0;
+  CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_OUT_OF_RANGE, "max_seqs is 0");
+  bad = good, bad.max_tokens = 3;
+  CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_OUT_OF_RANGE, "max_tokens is 3; valid: 4..=");
+  bad = good, bad.max_query = 9;
+  CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_OUT_OF_RANGE, "max_query is 9; valid: 1..=8");
+  bad = good, bad.num_kv_heads = KV_HEADS + 1;
+  CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_OUT_OF_RANGE, "num_kv_heads is 3");
+  bad = good, bad.device = 1000;
+  if (*kakeya_cuda_archs() == 0)
+    CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_NO_KERNELS, "built without kernels");
+  else
+    CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_NO_CUDA, "");
+  CHECK(cuda == canary, "an output was touched");
+  kakeya_codec_free(codec);
+  kakeya_cuda_free(NULL);
+
+  kakeya_cuda_buffers buffers = {.struct_size = sizeof buffers};
+  CHECK_REFUSED(kakeya_cuda_sizes(NULL, &buffers), KAKEYA_ERR_NULL_POINTER, "cuda is NULL");
+  CHECK_REFUSED(kakeya_cuda_sizes(NULL, NULL), KAKEYA_ERR_NULL_POINTER, "out is NULL");
+#define WITHOUT_HANDLE(function, type)                                                     \
+  do {                                                                                     \
+    type args = {.struct_size = sizeof args};                                              \
+    CHECK_REFUSED(function(NULL, NULL), KAKEYA_ERR_NULL_POINTER, "args is NULL");          \
+    CHECK_REFUSED(function(NULL, &args), KAKEYA_ERR_NULL_POINTER, "cuda is NULL");         \
+    args.struct_size -= 8;                                                                 \
+    CHECK_REFUSED(function(NULL, &args), KAKEYA_ERR_BAD_STRUCT_SIZE, "sizeof(" #type ")"); \
+  } while (0)
+  WITHOUT_HANDLE(kakeya_cuda_plan, kakeya_cuda_plan_args);
+  WITHOUT_HANDLE(kakeya_cuda_append, kakeya_cuda_write_args);
+  WITHOUT_HANDLE(kakeya_cuda_seal, kakeya_cuda_write_args);
+  WITHOUT_HANDLE(kakeya_cuda_attend, kakeya_cuda_attend_args);
+  WITHOUT_HANDLE(kakeya_cuda_open, kakeya_cuda_open_args);
+}
+
 int main(void) {
   CHECK(strcmp(kakeya_last_error(), "") == 0, "no call has failed yet: %s", kakeya_last_error());
   test_versions();
@@ -225,5 +286,6 @@ int main(void) {
   test_codec_refusals();
   test_codec_questions();
   test_calibrated_codec();
+  test_cuda_refusals();
   return failures("test_abi");
 }

@@ -3,13 +3,14 @@ pages are exact (fake_cuda.py). Engines on a GPU run the tests of test_engine.py
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
 import fake_cuda
 import pytest
 import torch
-from kakeya_vllm import cuda, lib
+from kakeya_vllm import cuda, lib, support
 from kakeya_vllm.open_blocks import OpenBlocks
 
 BLOCK = lib.BLOCK_TOKENS
@@ -254,3 +255,41 @@ def test_a_copied_tensor_is_refused() -> None:
 
 def test_queries_of_a_decoding_sequence() -> None:
     assert [cuda.max_query(settings(drafts)) for drafts in (0, 1, 7)] == [1, 2, 8]
+
+
+@pytest.mark.parametrize(
+    ("function", "structure"),
+    [
+        ("kakeya_cuda_sizes", lib.CudaBuffers),
+        ("kakeya_cuda_plan", lib.CudaPlanArgs),
+        ("kakeya_cuda_append", lib.CudaWriteArgs),
+        ("kakeya_cuda_seal", lib.CudaWriteArgs),
+        ("kakeya_cuda_attend", lib.CudaAttendArgs),
+        ("kakeya_cuda_open", lib.CudaOpenArgs),
+    ],
+)
+def test_structures_are_as_large_as_the_library_says(function: str, structure: Any) -> None:
+    arguments = structure(struct_size=ctypes.sizeof(structure))
+    with pytest.raises(lib.KakeyaError, match="cuda is NULL"):  # the size is checked before
+        lib.load().call(function, None, ctypes.byref(arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "feature"),
+    [
+        ({}, None),
+        ({"archs": ""}, "GPUs with this libkakeya, which was built without kernels"),
+        ({"capability": (7, 5)}, "GPUs before compute capability 8.0"),
+        ({"dtype": torch.float32}, "torch.float32 on a GPU (valid: bfloat16, float16)"),
+        ({"head_size": 96}, "head_dim 96 on a GPU (valid: (64, 128, 256))"),
+        ({"drafts": 8}, "8 speculative tokens on a GPU (valid: up to 7)"),
+    ],
+)
+def test_what_is_refused_on_a_gpu(change: dict[str, Any], feature: str | None) -> None:
+    config = settings(change.get("drafts", 0))
+    config.model_config.dtype = change.get("dtype", torch.bfloat16)
+    config.model_config.get_head_size = lambda: change.get("head_size", 128)
+    capability = change.get("capability", (9, 0))
+    platform = SimpleNamespace(has_device_capability=lambda least: capability >= least)
+    found = support._cuda_features(config, platform, change.get("archs", "sm_90"))
+    assert [text[: len(feature)] for text in found] == [feature] if feature else not found
