@@ -699,7 +699,7 @@ unsafe fn handle<'a>(cuda: *const kakeya_cuda) -> Outcome<&'a kakeya_cuda> {
 
 /// Refuses what 16-byte accesses and bulk copies of the kernels cannot reach. `strides` in bytes.
 fn aligned(name: &str, ptr: *const c_void, strides: &[i64]) -> Outcome {
-    if ptr.addr() % 16 != 0 {
+    if !ptr.addr().is_multiple_of(16) {
         return refuse!(KAKEYA_ERR_MISALIGNED, "{name} is at {ptr:p}; valid on CUDA: a multiple of 16");
     }
     match strides.iter().find(|stride| *stride % 16 != 0) {
