@@ -1,12 +1,12 @@
-// Sealing one block of one KV head, in phases. A phase is what all threads of a block do between two barriers; each is
-// a function of (thread, shared state), so that the host can run the threads of a phase one after the other and compare
-// the page with the codec's, byte for byte, and a kernel runs them at once with __syncthreads in between.
+// Sealing one block of one KV head, in phases. A phase is what all threads of a thread block do between two barriers;
+// each is a function of (thread, shared state), so that the host can run the threads of a phase one after the other and
+// compare the page with the codec's, byte for byte, and a kernel runs them at once with __syncthreads in between.
+//
+// Keys and values are two streams with a state each. On the device a cluster of two thread blocks seals a block: one
+// its keys, one its values; all that passes between them is which tokens are exact, and whether a value was refused.
 //
 // Arithmetic follows docs/page-format.md exactly: f32, fixed order, no contraction. Compile with -fmad=false (nvcc) or
 // -ffp-contract=off (host).
-//
-// Shared memory: one stream's rows, 128 x head_dim f32, and 15 kB of statistics at head_dim 128. Keys before rotary
-// embedding are recomputed from the rows where they are needed: two products cost less than a second copy of the rows.
 #pragma once
 
 #include "tables.cuh"
@@ -16,34 +16,15 @@ namespace kakeya {
 constexpr int kSealThreads = 256;
 // Largest magnitude that a page accepts.
 constexpr float kMaxAbs = 16777216.0f;
-// Bits of a refinement index in a step's history: 2^5 points a subset at width 6.
-constexpr int kIndexBits = 5;
-// Steps of the longest chain: 8 units of 16 codes.
-constexpr int kMaxSteps = 128;
 
-enum SealStatus : uint32_t { kSealOk = 0, kSealNonFinite = 1 };
-
-// State shared by the threads that seal a block. `rows` has 128 * head_dim floats.
-struct SealState {
-  float *rows;
-  float score[kBlock];
-  float base[256], inverse[256];
-  float mean[256], weight[256];
-  uint8_t scales[2][256];
-  uint16_t means[2][256];
-  uint8_t tokens[kMaxSlots];
-  uint8_t exact[kBlock];
-  // Set by any thread that met a value that is not finite.
-  uint32_t status;
+enum SealStatus : uint32_t {
+  kSealOk = 0,
+  // A value was NaN, infinite or above 2^24: its page was not written.
+  kSealNonFinite = 1,
+  // A block that began before this step has no open block: its page was not written.
+  kSealNoOpenBlock = 2
 };
 
-struct SealJob {
-  const Tables *tables;
-  int layer, head, block_index;
-  uint8_t *page;
-};
-
-// f32 -> f16 bits, round to nearest even, overflow to infinity.
 KAKEYA_HD uint32_t float_bits(float x) {
 #ifdef __CUDA_ARCH__
   return __float_as_uint(x);
@@ -64,6 +45,7 @@ KAKEYA_HD float bits_float(uint32_t u) {
 #endif
 }
 
+// f32 -> f16 bits, round to nearest even, overflow to infinity.
 KAKEYA_HD uint16_t half_bits(float x) {
   const uint32_t u = float_bits(x), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
   if (a >= 0x47800000u) return uint16_t(sign | (a > 0x7f800000u ? 0x7e00u : 0x7c00u));  // 2^16 and above, NaN
@@ -99,276 +81,504 @@ KAKEYA_HD int32_t total_order(float x) {
   return i ^ int32_t(uint32_t(i >> 31) >> 1);
 }
 
-// Sum over the tokens of a block: sixteen neighbours in sequence, then a tree of the eight partial sums.
-template <typename F>
-KAKEYA_HD float block_sum(F of) {
-  float p[8];
-  KAKEYA_UNROLL
-  for (int w = 0; w < 8; ++w) {
-    p[w] = 0.0f;
-    for (int i = 0; i < 16; ++i) p[w] += of(16 * w + i);
-  }
-  return ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7]));
+// Shape of a unit of codes, and the chains of a stream: one for each lane of each group of tokens.
+template <int D>
+struct Unit {
+  static constexpr int head_dim = D, channels = D == 64 ? 16 : 32, tokens = 512 / channels;
+  static constexpr int groups = kBlock / tokens, units = D / channels, chains = groups * kLanes;
+  static_assert(chains <= kSealThreads && units <= kMaxUnits, "one thread a chain");
+};
+
+// Channel and token, inside the unit, of code n of a lane.
+template <int D, bool K>
+KAKEYA_HD int code_channel(int lane, int n) {
+  const int c = D == 64 ? n % 2 : n % 4;
+  return 8 * c + (K ? 2 * (lane % 4) + n / 8 : lane / 4);
+}
+template <int D, bool K>
+KAKEYA_HD int code_token(int lane, int n) {
+  return (D == 64 ? 16 * (n % 4 / 2) : 0) + 8 * (n / 4 % 2) + (K ? lane / 4 : 2 * (lane % 4) + n / 8);
 }
 
-// Channel i of key row j before rotary embedding, up to the centre's turn.
-KAKEYA_HD float before(const Tables &t, const float *rows, int j, int i) {
-  const int d = int(t.head_dim), h = int(t.pairs);
-  const float *row = rows + j * d;
-  if (i >= 2 * h) return row[i];
-  const int p = i < h ? i : i - h;
-  const float c = t.at<float>(t.offset_cos)[j * h + p], s = t.at<float>(t.offset_sin)[j * h + p];
-  const float a = row[p], b = row[p + h];
-  return i < h ? a * c + b * s : b * c - a * s;
+// Channel, inside the unit, of a byte of a slot: a lane's bytes lie together, in the order of its codes.
+template <int D, bool K>
+KAKEYA_HD int slot_channel(int byte) {
+  constexpr int classes = Unit<D>::channels / 8;
+  return K ? 8 * (byte / 2 % classes) + 2 * (byte / (2 * classes)) + byte % 2 : 8 * (byte % classes) + byte / classes;
 }
 
-// ---- phases --------------------------------------------------------------------------------------------------------
+// Four neighbouring floats, loaded at once.
+struct alignas(16) Quad {
+  float x[4];
+};
 
-// Rows of one stream into shared memory as f32, canonical channels. `load(j, i)` gives natural channel i of token j.
-template <typename Load>
-KAKEYA_HD void seal_load(const SealJob &job, SealState &s, int thread, bool is_k, Load load) {
-  const Tables &t = *job.tables;
-  const int d = int(t.head_dim);
-  const uint16_t *natural = t.at<uint16_t>(t.natural);
-  bool bad = false;
-  for (int e = thread; e < kBlock * d; e += kSealThreads) {
-    const int j = e / d, i = e % d;
-    const float x = load(j, is_k ? int(natural[i]) : i);
-    bad |= !((x < 0 ? -x : x) <= kMaxAbs);
-    s.rows[e] = x;
-  }
-  if (bad) s.status = kSealNonFinite;  // every thread that writes, writes the same
+// Windows of the trellis' alphabet of a width: 2^(w+1) - 3, the widths one after the other.
+constexpr int kWindows = 234;
+KAKEYA_HD constexpr int window_start(int width) {
+  return (2 << width) - 3 * width - 1;
 }
 
-// Keys into the frame of the block's centre.
-KAKEYA_HD void seal_centre(const SealJob &job, SealState &s, int thread) {
-  const Tables &t = *job.tables;
-  const int d = int(t.head_dim), h = int(t.pairs);
-  const float *cos = t.at<float>(t.centre_cos) + size_t(job.block_index) * h;
-  const float *sin = t.at<float>(t.centre_sin) + size_t(job.block_index) * h;
-  for (int e = thread; e < kBlock * h; e += kSealThreads) {
-    const int j = e / h, p = e % h;
-    float *row = s.rows + j * d;
-    const float a = row[p], b = row[p + h];
-    row[p] = a * cos[p] + b * sin[p];
-    row[p + h] = b * cos[p] - a * sin[p];
-  }
-}
+// Tables that every block uses, made once by a thread block.
+struct SealTables {
+  // Scalar quantisers: point m of width w at 2^w + m, as plain floats. Trellis: window n of width w holds the points of
+  // subsets 0..3 nearest to a z above n thresholds, whichever subset these belong to: symbols n..n+3.
+  Quad points[kWindows];
+  // Thresholds, ascending, of alphabets of s symbol bits at 2^s, 2^s - 1 of them, the last infinite where there are
+  // fewer. The trellis has those of its four subsets merged.
+  float thresholds[256];
+  float factors[256], scale_thresholds[256];
+};
 
-// Values into Hadamard space: one thread a row part, butterflies in place.
-KAKEYA_HD void seal_hadamard(const SealJob &job, SealState &s, int thread) {
-  const int d = int(job.tables->head_dim), n = d & -d;
-  // 1 / sqrt(n) rounded to f32: n is 32, 64, 128 or 256.
-  const float scale = n == 32 ? 0.17677669f : n == 64 ? 0.125f : n == 128 ? 0.088388346f : 0.0625f;
-  for (int part = thread; part < kBlock * (d / n); part += kSealThreads) {
-    float *x = s.rows + part * n;
-    for (int len = 1; len < n; len *= 2) {
-      for (int i = 0; i < n; i += 2 * len) {
-        for (int k = i; k < i + len; ++k) {
-          const float a = x[k], b = x[k + len];
-          x[k] = a + b;
-          x[k + len] = a - b;
-        }
-      }
-    }
-    for (int i = 0; i < n; ++i) x[i] *= scale;
-  }
-}
+// What the threads that seal one stream share.
+template <int D>
+struct alignas(16) SealState {
+  // Row stride: lanes of a chain walk rows and channels at once, so neighbouring rows begin four banks apart.
+  static constexpr int stride = D + 4;
+  float rows[kBlock * stride];
+  // Partial sums by (part, channel), or scores by (token, part); later what the codes leave of the exact rows, by
+  // (slot, code position).
+  float part[8 * D > 8 * kBlock ? 8 * D : 8 * kBlock];
+  SealTables tables;
+  float mean[D], step[D], sigma[D], sink[D], base[D], inverse[D];
+  float score[kBlock], peaks[kMaxSlots * 16];
+  uint16_t order[D], means[D], canonical[D];
+  uint8_t scales[D], active[D / 8];
+  uint8_t tokens[kMaxSlots], slot_of[kBlock], widths[kMaxUnits];
+  LayerLayout layout;
+  int codes_start, bits;  // of this stream: offset of its codes in the page, sum of its widths
+  uint32_t pairs, calibrated, trellis, interleaved;
+  uint32_t bad[2];  // by the parity of the task: set by any thread that met a value that is refused
+};
 
-// Without calibration: each channel's mean and weight (slow channels: 1 / variance) for the distance score.
-KAKEYA_HD void seal_free_moments(const SealJob &job, SealState &s, int thread) {
-  const Tables &t = *job.tables;
-  const HeadView h = head_view(t, job.layer, job.head);
-  for (int i = thread; i < int(t.head_dim); i += kSealThreads) {
-    const float mean = block_sum([&](int j) { return before(t, s.rows, j, i); }) / float(kBlock);
-    const float square = block_sum([&](int j) {
-      const float x = before(t, s.rows, j, i) - mean;
-      return x * x;
-    });
-    s.mean[i] = mean;
-    s.weight[i] = h.sink_query[i] / (square / float(kBlock) + 1e-12f);
-  }
-}
+struct SealJob {
+  const Tables *tables;
+  int layer, head, block_index, parity;
+  uint8_t *page;
+};
 
-// How much each token wants an exact slot.
-KAKEYA_HD void seal_scores(const SealJob &job, SealState &s, int thread) {
-  const Tables &t = *job.tables;
-  const HeadView h = head_view(t, job.layer, job.head);
-  const int d = int(t.head_dim);
-  for (int j = thread; j < kBlock; j += kSealThreads) {
-    float p[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    for (int i = 0; i < d; i += 8) {
-      KAKEYA_UNROLL
-      for (int r = 0; r < 8; ++r) {
-        const float x = before(t, s.rows, j, i + r);
-        if (t.calibrated) {
-          p[r] += h.sink_query[i + r] * x;
-        } else {
-          const float y = x - s.mean[i + r];
-          p[r] += y * y * s.weight[i + r];
-        }
-      }
-    }
-    s.score[j] = ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7]));
-  }
-}
-
-// The tokens with the best scores; of equal ones the earlier. One thread: 128 scores, at most eight slots.
-KAKEYA_HD void seal_choose(const SealJob &job, SealState &s, int thread) {
-  if (thread != 0) return;
-  const LayerLayout l = job.tables->at<LayerLayout>(job.tables->layers)[job.layer];
-  for (int j = 0; j < kBlock; ++j) s.exact[j] = 0;
-  for (uint32_t n = 0; n < l.num_slots; ++n) {
-    int best = -1;
-    for (int j = 0; j < kBlock; ++j)
-      if (!s.exact[j] && (best < 0 || total_order(s.score[j]) > total_order(s.score[best]))) best = j;
-    s.exact[best] = 1;
-    s.tokens[n] = uint8_t(best);
-  }
-}
-
-// Block means over the ordinary tokens: codes, and the base that is taken off.
-KAKEYA_HD void seal_means(const SealJob &job, SealState &s, int thread, bool is_k) {
-  const Tables &t = *job.tables;
-  const HeadView h = head_view(t, job.layer, job.head);
-  const StreamView &v = is_k ? h.k : h.v;
-  const int d = int(t.head_dim);
-  const LayerLayout l = t.at<LayerLayout>(t.layers)[job.layer];
-  const float ordinary = float(kBlock - int(l.num_slots));
-  for (int i = thread; i < d; i += kSealThreads) {
-    const float sum = block_sum([&](int j) {
-      if (s.exact[j]) return 0.0f;
-      return (is_k ? before(t, s.rows, j, i) : s.rows[j * d + i]) - v.mean[i];
-    });
-    const float mean = sum / ordinary;
-    float value;
-    if (t.calibrated) {
-      float q = round_even(mean / v.step[i]);
-      q = q < -32.0f ? -32.0f : q > 31.0f ? 31.0f : q;
-      s.means[!is_k][i] = uint16_t(int(q) + 32);
-      value = q * v.step[i];
-    } else {
-      const float m = mean < -65504.0f ? -65504.0f : mean > 65504.0f ? 65504.0f : mean;
-      s.means[!is_k][i] = half_bits(m);
-      value = half_value(s.means[!is_k][i]);
-    }
-    s.base[i] = v.mean[i] + value;
-  }
-}
-
-// Takes the base off, turned by the token's offset for keys.
-KAKEYA_HD void seal_residual(const SealJob &job, SealState &s, int thread, bool is_k) {
-  const Tables &t = *job.tables;
-  const int d = int(t.head_dim), h = is_k ? int(t.pairs) : 0;
-  for (int e = thread; e < kBlock * d; e += kSealThreads) {
-    const int j = e / d, i = e % d;
-    float base = s.base[i];
-    if (i < 2 * h) {
-      const int p = i < h ? i : i - h;
-      const float c = t.at<float>(t.offset_cos)[j * h + p], sn = t.at<float>(t.offset_sin)[j * h + p];
-      const float a = s.base[p], b = s.base[p + h];
-      base = i < h ? a * c - b * sn : b * c + a * sn;
-    }
-    s.rows[e] -= base;
-  }
-}
-
-KAKEYA_HD float scale_of(const Tables &t, uint32_t code, float sigma) {
-  return t.at<float>(t.factors)[code] * sigma;
-}
-
-// Block scales of each channel.
-KAKEYA_HD void seal_scales(const SealJob &job, SealState &s, int thread, bool is_k) {
-  const Tables &t = *job.tables;
-  const HeadView h = head_view(t, job.layer, job.head);
-  const StreamView &v = is_k ? h.k : h.v;
-  const int d = int(t.head_dim);
-  const LayerLayout l = t.at<LayerLayout>(t.layers)[job.layer];
-  const float ordinary = float(kBlock - int(l.num_slots));
-  const float *threshold = t.at<float>(t.scale_thresholds);
-  for (int i = thread; i < d; i += kSealThreads) {
-    const float sum = block_sum([&](int j) { return s.exact[j] ? 0.0f : s.rows[j * d + i] * s.rows[j * d + i]; });
-    const float ratio = sum / ordinary / (v.sigma[i] * v.sigma[i]);
-    uint32_t lo = 0, hi = t.scale_codes - 1;  // number of thresholds below the ratio
-    while (lo < hi) {
-      const uint32_t mid = (lo + hi) / 2;
-      if (ratio > threshold[mid])
-        lo = mid + 1;
-      else
-        hi = mid;
-    }
-    s.scales[!is_k][i] = uint8_t(lo);
-    s.inverse[i] = 1.0f / scale_of(t, lo, v.sigma[i]);
-  }
-}
-
-KAKEYA_HD void seal_normalise(const SealJob &job, SealState &s, int thread) {
-  const int d = int(job.tables->head_dim);
-  for (int e = thread; e < kBlock * d; e += kSealThreads) s.rows[e] *= s.inverse[e % d];
-}
-
-// Byte of a slot, inside its unit, that holds a channel: a lane's bytes lie together, in the order of its codes.
-KAKEYA_HD int slot_byte(bool is_k, int channels, int channel) {
-  const int c = channel / 8, classes = channels / 8;
-  return is_k ? 2 * classes * (channel % 8 / 2) + 2 * c + channel % 2 : classes * (channel % 8) + c;
-}
-
-// Exact slots of one stream, after its codes: one thread a slot.
-KAKEYA_HD void seal_slots(const SealJob &job, SealState &s, int thread, bool is_k) {
-  const Tables &t = *job.tables;
-  const HeadView h = head_view(t, job.layer, job.head);
-  const StreamView &v = is_k ? h.k : h.v;
-  const int d = int(t.head_dim);
-  const LayerLayout l = t.at<LayerLayout>(t.layers)[job.layer];
-  if (thread >= int(l.num_slots)) return;
-  const float *row = s.rows + s.tokens[thread] * d;
-  float peak = 0.0f;
-  for (int i = 0; i < d; ++i) {
-    const float a = row[i] < 0 ? -row[i] : row[i];
-    peak = a > peak ? a : peak;
-  }
-  float want = peak / 127.0f;
-  want = want > 65504.0f ? 65504.0f : want;
-  const uint16_t bits = half_bits(want);
-  const float scale = half_value(bits);
-  const int n = int(l.num_slots), channels = int(t.unit_channels);
-  store_u16(job.page + l.slots_offset + 2 * n * d + 4 * thread + (is_k ? 0 : 2), bits);
-  uint8_t *codes = job.page + l.slots_offset + ((is_k ? 0 : n) + thread) * d;
-  for (int p = 0; p < d; ++p) {
-    float q = 0.0f;
-    if (scale > 0.0f) {
-      q = round_even(row[v.order[p]] / scale);
-      q = q < -127.0f ? -127.0f : q > 127.0f ? 127.0f : q;
-    }
-    codes[p / channels * channels + slot_byte(is_k, channels, p % channels)] = uint8_t(int8_t(q));
-  }
-}
-
-// (channel, token) inside a unit of code n of a lane.
-KAKEYA_HD void place(bool is_k, int channels, int lane, int n, int &channel, int &token) {
-  const int g = lane / 4, t = lane % 4, h = n / 8, m = n / 4 % 2, c = n % 4;
-  if (channels == 32) {
-    channel = is_k ? 16 * (c / 2) + 8 * (c % 2) + 2 * t + h : g + 8 * c;
-    token = is_k ? g + 8 * m : 2 * t + 8 * m + h;
-  } else {
-    channel = is_k ? 8 * (c % 2) + 2 * t + h : g + 8 * (c % 2);
-    token = 16 * (c / 2) + (is_k ? g + 8 * m : 2 * t + 8 * m + h);
-  }
-}
-
-KAKEYA_HD uint32_t below(const float *threshold, uint32_t n, float z) {
-  uint32_t q = 0;
-  for (uint32_t i = 0; i < n; ++i) q += z > threshold[i];
-  return q;
-}
+constexpr uint8_t kNoSlot = 0xff;
 
 KAKEYA_HD float grid_point(const GridParams &g, uint32_t m) {
   const float y = (float(m) + 0.5f) * (2.0f / float(1u << g.symbol_bits)) - 1.0f;
   return y * (g.alpha + g.beta * (y * y));
 }
 
-KAKEYA_HD int trellis_subset(int state, int u) {
-  return 2 * ((u ^ state ^ (state >> 2)) & 1) + ((state >> 1) & 1);
+// Sum over channels or parts as a tree of eight.
+KAKEYA_HD float tree8(float a, float b, float c, float d, float e, float f, float g, float h) {
+  return ((a + b) + (c + d)) + ((e + f) + (g + h));
+}
+
+// Channel i of key row j before rotary embedding, up to the centre's turn.
+template <int D>
+KAKEYA_HD float before(const Tables &t, const SealState<D> &s, int j, int i) {
+  const int h = int(s.pairs);
+  const float *row = s.rows + j * s.stride;
+  if (i >= 2 * h) return row[i];
+  const int p = i < h ? i : i - h;
+  const float c = t.at<float>(t.offset_cos)[j * h + p], sn = t.at<float>(t.offset_sin)[j * h + p];
+  const float a = row[p], b = row[p + h];
+  return i < h ? a * c + b * sn : b * c - a * sn;
+}
+
+// ---- phases --------------------------------------------------------------------------------------------------------
+
+// Once in a thread block, before its first block.
+template <int D>
+KAKEYA_HD void seal_setup(const Tables &t, SealState<D> &s, int thread) {
+  const GridParams *grids = t.at<GridParams>(t.grids);
+  const float *thresholds = t.at<float>(t.thresholds);
+  const uint16_t *natural = t.at<uint16_t>(t.natural);
+  SealTables &o = s.tables;
+  if (thread == 0) {
+    s.pairs = t.pairs;
+    s.calibrated = t.calibrated;
+    s.trellis = t.trellis;
+    s.interleaved = t.pairs > 1 && natural[1] != 1;
+    s.bad[0] = s.bad[1] = 0;
+  }
+  for (int i = thread; i < D; i += kSealThreads) s.canonical[natural[i]] = uint16_t(i);
+  for (int i = thread; i < int(t.scale_codes); i += kSealThreads) {
+    o.factors[i] = t.at<float>(t.factors)[i];
+    if (i + 1 < int(t.scale_codes)) o.scale_thresholds[i] = t.at<float>(t.scale_thresholds)[i];
+  }
+  for (int i = thread; i < 256; i += kSealThreads) {
+    int bits = 0;
+    while (2 << bits <= i) ++bits;
+    const int width = t.trellis ? bits - 1 : bits, k = i - (1 << bits);
+    float x = bits_float(0x7f800000u);
+    if (width >= 1 && width <= 6) {
+      if (!t.trellis && k < (1 << width) - 1) x = thresholds[width * kMaxThresholds + k];
+      if (t.trellis && k < (2 << width) - 4)
+        x = thresholds[width * kMaxThresholds + k % 4 * int(grids[width].per_subset) + k / 4];
+    }
+    o.thresholds[i] = x;
+  }
+  for (int width = 1; width <= 6; ++width) {
+    const GridParams g = grids[width];
+    if (t.trellis) {
+      for (int e = thread; e < 4 * ((2 << width) - 3); e += kSealThreads) {
+        const int n = e / 4, j = e % 4;
+        o.points[window_start(width) + n].x[j] = grid_point(g, uint32_t((n + 3 - j) / 4 * 4 + j));
+      }
+    } else {
+      for (int m = thread; m < 1 << width; m += kSealThreads) {
+        const int at = (1 << width) + m;
+        o.points[at / 4].x[at % 4] = grid_point(g, uint32_t(m));
+      }
+    }
+  }
+}
+
+// Rows into shared memory as f32: keys canonical, values after the butterflies of distances 1, 2 and 4. `load(j, i)`
+// gives eight natural channels of token j from i on, as they are stored; `widen` makes them floats.
+template <int D, bool K, typename Load>
+KAKEYA_HD void seal_load(const SealJob &job, SealState<D> &s, int thread, const Load &load) {
+  constexpr int chunks = kBlock * D / 8 / kSealThreads, batch = chunks < 8 ? chunks : 8;
+  const Tables &t = *job.tables;
+  const HeadView h = head_view(t, job.layer, job.head);
+  const StreamView &v = K ? h.k : h.v;
+  static_assert(chunks % batch == 0, "whole batches");
+  bool bad = false;
+  for (int first = 0; first < chunks; first += batch) {
+    decltype(load(0, 0)) raw[batch];
+    KAKEYA_UNROLL
+    for (int c = 0; c < batch; ++c) {
+      const int e = (first + c) * kSealThreads + thread;
+      raw[c] = load(e / (D / 8), e % (D / 8) * 8);
+    }
+    KAKEYA_UNROLL
+    for (int c = 0; c < batch; ++c) {
+      const int e = (first + c) * kSealThreads + thread, j = e / (D / 8), i = e % (D / 8) * 8;
+      float x[8];
+      load.widen(raw[c], x);
+      KAKEYA_UNROLL
+      for (int k = 0; k < 8; ++k) bad |= !((x[k] < 0 ? -x[k] : x[k]) <= kMaxAbs);
+      float *row = s.rows + j * s.stride;
+      if (K && s.interleaved) {
+        KAKEYA_UNROLL
+        for (int k = 0; k < 8; ++k) row[s.canonical[i + k]] = x[k];
+        continue;
+      }
+      if (!K) {
+        KAKEYA_UNROLL
+        for (int len = 1; len < 8; len *= 2) {
+          KAKEYA_UNROLL
+          for (int k = 0; k < 8; ++k) {
+            if (k & len) continue;
+            const float a = x[k], b = x[k + len];
+            x[k] = a + b;
+            x[k + len] = a - b;
+          }
+        }
+      }
+      *reinterpret_cast<Quad *>(row + i) = {{x[0], x[1], x[2], x[3]}};
+      *reinterpret_cast<Quad *>(row + i + 4) = {{x[4], x[5], x[6], x[7]}};
+    }
+  }
+  if (bad) s.bad[job.parity] = 1;  // every thread that writes, writes the same
+  for (int i = thread; i < D; i += kSealThreads) {
+    s.mean[i] = v.mean[i];
+    s.step[i] = v.step[i];
+    s.sigma[i] = v.sigma[i];
+    s.order[i] = v.order[i];
+    if (K) s.sink[i] = h.sink_query[i];
+  }
+  if (thread < kBlock) s.slot_of[thread] = kNoSlot;
+  if (thread == 0) {
+    int k_bits = 0, bits = 0;
+    for (int u = 0; u < Unit<D>::units; ++u) {
+      k_bits += h.k.widths[u];
+      bits += v.widths[u];
+      s.widths[u] = v.widths[u];
+    }
+    s.bits = bits;
+    s.codes_start = kHeader + (K ? 0 : unit_bytes(1) * Unit<D>::groups * k_bits);
+    s.layout = t.at<LayerLayout>(t.layers)[job.layer];
+  }
+}
+
+// Keys into the frame of the block's centre; which neighbours of eight channels count for scores.
+template <int D>
+KAKEYA_HD void seal_centre(const SealJob &job, SealState<D> &s, int thread) {
+  const Tables &t = *job.tables;
+  const int h = int(s.pairs);
+  const float *cos = t.at<float>(t.centre_cos) + size_t(job.block_index) * h;
+  const float *sin = t.at<float>(t.centre_sin) + size_t(job.block_index) * h;
+  for (int e = thread; e < 8 * h; e += kSealThreads) {
+    const int w = e / h, p = e - w * h;
+    const float c = cos[p], sn = sin[p];
+    KAKEYA_UNROLL
+    for (int j = 16 * w; j < 16 * w + 16; ++j) {
+      float *row = s.rows + j * s.stride;
+      const float a = row[p], b = row[p + h];
+      row[p] = a * c + b * sn;
+      row[p + h] = b * c - a * sn;
+    }
+  }
+  // A weight of zero adds a zero to a partial sum, which no partial sum notices: it begins as +0.
+  if (thread < D / 8) {
+    uint8_t active = 0;
+    for (int i = 8 * thread; i < 8 * thread + 8; ++i) active |= s.sink[i] != 0.0f;
+    s.active[thread] = active;
+  }
+}
+
+// Values: the remaining butterflies, distances 8 and up.
+template <int D>
+KAKEYA_HD void seal_hadamard(SealState<D> &s, int thread) {
+  constexpr int n = D & -D, length = n / 8;
+  // 1 / sqrt(n) rounded to f32.
+  constexpr float scale = n == 32 ? 0.17677669f : n == 64 ? 0.125f : n == 128 ? 0.088388346f : 0.0625f;
+  for (int e = thread; e < kBlock * (D / length); e += kSealThreads) {
+    const int j = e / (D / length), r = e % (D / length);
+    float *at = s.rows + j * s.stride + r / 8 * n + r % 8;
+    float x[length];
+    KAKEYA_UNROLL
+    for (int k = 0; k < length; ++k) x[k] = at[8 * k];
+    KAKEYA_UNROLL
+    for (int len = 1; len < length; len *= 2) {
+      KAKEYA_UNROLL
+      for (int k = 0; k < length; ++k) {
+        if (k & len) continue;
+        const float a = x[k], b = x[k + len];
+        x[k] = a + b;
+        x[k + len] = a - b;
+      }
+    }
+    KAKEYA_UNROLL
+    for (int k = 0; k < length; ++k) at[8 * k] = x[k] * scale;
+  }
+}
+
+// Partial sums of each channel over sixteen neighbouring tokens, of f(token, channel, x), x the key before rotary
+// embedding or the transformed value.
+template <int D, bool K, typename F>
+KAKEYA_HD void channel_sums(const SealJob &job, SealState<D> &s, int thread, F f) {
+  const Tables &t = *job.tables;
+  const int h = K ? int(s.pairs) : 0, columns = D - h;
+  const float *cos = t.at<float>(t.offset_cos), *sin = t.at<float>(t.offset_sin);
+  for (int e = thread; e < 8 * columns; e += kSealThreads) {
+    const int w = e / columns, i = e - w * columns;
+    float sum = 0.0f, second = 0.0f;
+    if (i < h) {
+      KAKEYA_UNROLL
+      for (int k = 0; k < 16; ++k) {
+        const int j = 16 * w + k;
+        const float a = s.rows[j * s.stride + i], b = s.rows[j * s.stride + i + h];
+        const float c = cos[j * h + i], sn = sin[j * h + i];
+        sum += f(j, i, a * c + b * sn);
+        second += f(j, i + h, b * c - a * sn);
+      }
+      s.part[w * D + i] = sum;
+      s.part[w * D + i + h] = second;
+    } else {
+      KAKEYA_UNROLL
+      for (int k = 0; k < 16; ++k) sum += f(16 * w + k, i + h, s.rows[(16 * w + k) * s.stride + i + h]);
+      s.part[w * D + i + h] = sum;
+    }
+  }
+}
+
+template <int D>
+KAKEYA_HD float channel_sum(const SealState<D> &s, int i) {
+  const float *p = s.part + i;
+  return tree8(p[0], p[D], p[2 * D], p[3 * D], p[4 * D], p[5 * D], p[6 * D], p[7 * D]);
+}
+
+// Without calibration: each channel's mean, then its weight (slow channels: 1 / variance) for the distance score.
+// `base` and `inverse` hold them; nothing else does yet.
+template <int D>
+KAKEYA_HD void seal_moment_sums(const SealJob &job, SealState<D> &s, int thread, bool square) {
+  if (!square) return channel_sums<D, true>(job, s, thread, [](int, int, float x) { return x; });
+  channel_sums<D, true>(job, s, thread, [&](int, int i, float x) {
+    const float y = x - s.base[i];
+    return y * y;
+  });
+}
+template <int D>
+KAKEYA_HD void seal_moments(SealState<D> &s, int thread, bool square) {
+  for (int i = thread; i < D; i += kSealThreads) {
+    const float mean = channel_sum(s, i) / float(kBlock);
+    if (square)
+      s.inverse[i] = s.sink[i] / (mean + 1e-12f);
+    else
+      s.base[i] = mean;
+  }
+}
+
+// How much each token wants an exact slot: eight interleaved partial sums over its channels.
+template <int D>
+KAKEYA_HD void seal_score_sums(const SealJob &job, SealState<D> &s, int thread) {
+  const Tables &t = *job.tables;
+  for (int e = thread; e < 8 * kBlock; e += kSealThreads) {
+    const int j = e / 8, r = e % 8;
+    float sum = 0.0f;
+    for (int b = 0; b < D / 8; ++b) {
+      if (!s.active[b]) continue;
+      const int i = 8 * b + r;
+      const float x = before(t, s, j, i);
+      if (s.calibrated) {
+        sum += s.sink[i] * x;
+      } else {
+        const float y = x - s.base[i];
+        sum += y * y * s.inverse[i];
+      }
+    }
+    s.part[e] = sum;
+  }
+}
+template <int D>
+KAKEYA_HD void seal_scores(SealState<D> &s, int thread) {
+  if (thread >= kBlock) return;
+  const float *p = s.part + 8 * thread;
+  s.score[thread] = tree8(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]);
+}
+
+// The tokens with the best scores; of equal ones the earlier. A token's place is the number of better ones.
+template <int D>
+KAKEYA_HD void seal_choose(SealState<D> &s, int thread) {
+  if (thread >= kBlock) return;
+  const int32_t own = total_order(s.score[thread]);
+  uint32_t place = 0;
+  for (int j = 0; j < kBlock; ++j) {
+    const int32_t other = total_order(s.score[j]);
+    place += other > own || (other == own && j < thread);
+  }
+  if (place < s.layout.num_slots) s.tokens[place] = uint8_t(thread);
+}
+
+// Slot of each exact token; and the other task's flag is ready for its use.
+template <int D>
+KAKEYA_HD void seal_mark(const SealJob &job, SealState<D> &s, int thread) {
+  if (thread < int(s.layout.num_slots)) s.slot_of[s.tokens[thread]] = uint8_t(thread);
+  if (thread == 0) s.bad[job.parity ^ 1] = 0;
+}
+
+// Block means over the ordinary tokens.
+template <int D, bool K>
+KAKEYA_HD void seal_mean_sums(const SealJob &job, SealState<D> &s, int thread) {
+  channel_sums<D, K>(job, s, thread,
+                     [&](int j, int i, float x) { return s.slot_of[j] != kNoSlot ? 0.0f : x - s.mean[i]; });
+}
+
+// Their codes, and the base that is taken off.
+template <int D>
+KAKEYA_HD void seal_means(SealState<D> &s, int thread) {
+  const float ordinary = float(kBlock - int(s.layout.num_slots));
+  for (int i = thread; i < D; i += kSealThreads) {
+    const float mean = channel_sum(s, i) / ordinary;
+    float value;
+    if (s.calibrated) {
+      float q = round_even(mean / s.step[i]);
+      q = q < -32.0f ? -32.0f : q > 31.0f ? 31.0f : q;
+      s.means[i] = uint16_t(int(q) + 32);
+      value = q * s.step[i];
+    } else {
+      const float m = mean < -65504.0f ? -65504.0f : mean > 65504.0f ? 65504.0f : mean;
+      s.means[i] = half_bits(m);
+      value = half_value(s.means[i]);
+    }
+    s.base[i] = s.mean[i] + value;
+  }
+}
+
+// Takes the base off keys, turned by the token's offset; partial sums of squares. Values keep their base until they are
+// coded: it is the same for all tokens.
+template <int D, bool K>
+KAKEYA_HD void seal_residual(const SealJob &job, SealState<D> &s, int thread) {
+  if (!K) {
+    return channel_sums<D, false>(job, s, thread, [&](int j, int i, float x) {
+      const float r = x - s.base[i];
+      return s.slot_of[j] != kNoSlot ? 0.0f : r * r;
+    });
+  }
+  const Tables &t = *job.tables;
+  const int h = int(s.pairs), columns = D - h;
+  const float *cos = t.at<float>(t.offset_cos), *sin = t.at<float>(t.offset_sin);
+  for (int e = thread; e < 8 * columns; e += kSealThreads) {
+    const int w = e / columns, i = e - w * columns;
+    float sum = 0.0f, second = 0.0f;
+    if (i < h) {
+      const float a = s.base[i], b = s.base[i + h];
+      KAKEYA_UNROLL
+      for (int k = 0; k < 16; ++k) {
+        const int j = 16 * w + k;
+        float *row = s.rows + j * s.stride;
+        const float c = cos[j * h + i], sn = sin[j * h + i];
+        const bool exact = s.slot_of[j] != kNoSlot;
+        const float x = row[i] - (a * c - b * sn), y = row[i + h] - (b * c + a * sn);
+        row[i] = x;
+        row[i + h] = y;
+        sum += exact ? 0.0f : x * x;
+        second += exact ? 0.0f : y * y;
+      }
+      s.part[w * D + i] = sum;
+      s.part[w * D + i + h] = second;
+    } else {
+      for (int j = 16 * w; j < 16 * w + 16; ++j) {
+        float *x = s.rows + j * s.stride + i + h;
+        *x -= s.base[i + h];
+        sum += s.slot_of[j] != kNoSlot ? 0.0f : *x * *x;
+      }
+      s.part[w * D + i + h] = sum;
+    }
+  }
+}
+
+// Block scales of each channel: the number of thresholds below the ratio.
+template <int D>
+KAKEYA_HD void seal_scales(const SealJob &job, SealState<D> &s, int thread) {
+  const float ordinary = float(kBlock - int(s.layout.num_slots));
+  for (int i = thread; i < D; i += kSealThreads) {
+    const float ratio = channel_sum(s, i) / ordinary / (s.sigma[i] * s.sigma[i]);
+    uint32_t lo = 0, hi = job.tables->scale_codes - 1;
+    while (lo < hi) {
+      const uint32_t mid = (lo + hi) / 2;
+      if (ratio > s.tables.scale_thresholds[mid])
+        lo = mid + 1;
+      else
+        hi = mid;
+    }
+    s.scales[i] = uint8_t(lo);
+    s.inverse[i] = 1.0f / (s.tables.factors[lo] * s.sigma[i]);
+  }
+}
+
+// A residual by its scale, what is coded.
+template <int D, bool K>
+KAKEYA_HD float normalised(const SealState<D> &s, float x, int channel) {
+  return (K ? x : x - s.base[channel]) * s.inverse[channel];
+}
+
+// Rows of exact tokens are kept by slot; the codes see zeros.
+template <int D, bool K>
+KAKEYA_HD void seal_exact(SealState<D> &s, int thread) {
+  for (int e = thread; e < int(s.layout.num_slots) * D; e += kSealThreads) {
+    const int channel = s.order[e % D];
+    float *x = s.rows + s.tokens[e / D] * s.stride + channel;
+    s.part[e] = normalised<D, K>(s, *x, channel);
+    *x = K ? 0.0f : s.base[channel];
+  }
+}
+
+// Which of a lane's codes are of exact tokens: bit n.
+template <int D, bool K>
+KAKEYA_HD uint32_t exact_codes(const SealState<D> &s, int group, int lane) {
+  uint32_t exact = 0;
+  KAKEYA_UNROLL
+  for (int n = 0; n < kCodes; ++n)
+    exact |= uint32_t(s.slot_of[group * Unit<D>::tokens + code_token<D, K>(lane, n)] != kNoSlot) << n;
+  return exact;
+}
+
+// Takes the points of a unit's codes off the rows of its exact tokens; `point(n)` of code n.
+template <int D, bool K, typename F>
+KAKEYA_HD void take_points_off(SealState<D> &s, int group, int lane, int unit, uint32_t exact, F point) {
+  for (int n = 0; n < kCodes; ++n) {
+    if (!(exact >> n & 1u)) continue;
+    const int slot = s.slot_of[group * Unit<D>::tokens + code_token<D, K>(lane, n)];
+    s.part[slot * D + unit * Unit<D>::channels + code_channel<D, K>(lane, n)] -= point(n);
+  }
 }
 
 // Writes the 16 codes of a lane's unit, `value(n)` each.
@@ -406,177 +616,281 @@ KAKEYA_HD void store_codes(int width, uint8_t *unit, int lane, F value) {
   }
 }
 
-// Codes of one stream: one thread a chain (token group, lane). Exact tokens are coded as zeros; the points of these
-// codes come off their rows, so that slots can be added to the codes.
-KAKEYA_HD void seal_codes(const SealJob &job, SealState &s, int thread, bool is_k) {
-  const Tables &t = *job.tables;
-  const HeadView hv = head_view(t, job.layer, job.head);
-  const StreamView &v = is_k ? hv.k : hv.v;
-  const int d = int(t.head_dim), channels = int(t.unit_channels), tokens = int(t.unit_tokens);
-  const int units = d / channels, groups = kBlock / tokens;
-  int k_bits = 0, bits = 0;
-  for (int u = 0; u < units; ++u) k_bits += hv.k.widths[u], bits += v.widths[u];
-  const int start = kHeader + (is_k ? 0 : 64 * groups * k_bits);
-  const GridParams *grids = t.at<GridParams>(t.grids);
-  const float *thresholds = t.at<float>(t.thresholds);
-  for (int chain = thread; chain < groups * kLanes; chain += kSealThreads) {
-    const int group = chain / kLanes, lane = chain % kLanes;
-    uint8_t *out = job.page + start + 64 * group * bits;
-    auto where = [&](int u, int n, int &j) {
-      int channel, token;
-      place(is_k, channels, lane, n, channel, token);
-      j = group * tokens + token;
-      return s.rows + j * d + v.order[u * channels + channel];
-    };
-    auto input = [&](int u, int n) {
-      int j;
-      const float *x = where(u, n, j);
-      return s.exact[j] ? 0.0f : *x;
-    };
-    auto coded = [&](int u, int n, const GridParams &g, uint32_t symbol) {
-      int j;
-      float *x = where(u, n, j);
-      if (s.exact[j]) *x -= grid_point(g, symbol);
-    };
-    if (!t.trellis) {
-      for (int u = 0; u < units; ++u) {
-        const int w = v.widths[u];
-        if (w == 0) continue;
-        store_codes(w, out, lane, [&](int n) {
-          const uint32_t m = below(thresholds + w * kMaxThresholds, grids[w].per_subset, input(u, n));
-          coded(u, n, grids[w], m);
-          return m;
-        });
-        out += unit_bytes(w);
-      }
-      continue;
+// The inputs of a lane's codes of a unit, where they lie, and how many thresholds of an alphabet of `bits` symbol bits
+// lie below each.
+template <int D, bool K>
+struct LaneInput {
+  int at[kCodes], below[kCodes];
+  float z[kCodes];
+
+  KAKEYA_HD void place(const SealState<D> &s, int group, int lane, int unit) {
+    KAKEYA_UNROLL
+    for (int n = 0; n < kCodes; ++n) {
+      const int channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
+      at[n] = (group * Unit<D>::tokens + code_token<D, K>(lane, n)) * s.stride + channel;
     }
-    // Viterbi search. History of a step: bit s = state s came from its high predecessor; refinement indices above.
-    uint32_t history[kMaxSteps];
-    float cost[8];
-    for (int i = 0; i < 8; ++i) cost[i] = i == 0 ? 0.0f : bits_float(0x7f800000u);
-    int steps = 0;
-    for (int u = 0; u < units; ++u) {
-      const int w = v.widths[u];
-      if (w == 0) continue;
-      const GridParams g = grids[w];
-      for (int n = 0; n < kCodes; ++n) {
-        const float z = input(u, n);
-        uint32_t h = 0;
-        float dist[4];
-        KAKEYA_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t q = below(thresholds + w * kMaxThresholds + j * g.per_subset, g.per_subset, z);
-          const float e = z - grid_point(g, 4 * q + j);
-          dist[j] = e * e;
-          h |= q << (8 + kIndexBits * j);
-        }
-        float next[8];
-        KAKEYA_UNROLL
-        for (int st = 0; st < 8; ++st) {
-          const int low = st >> 1, high = low | 4, b = st & 1;
-          const float a = cost[low] + dist[trellis_subset(low, b)];
-          const float c = cost[high] + dist[trellis_subset(high, b)];
-          const bool better = c < a;
-          next[st] = better ? c : a;
-          h |= uint32_t(better) << st;
-        }
-        KAKEYA_UNROLL
-        for (int st = 0; st < 8; ++st) cost[st] = next[st];
-        history[steps++] = h;
-      }
+  }
+
+  KAKEYA_HD void load(const SealState<D> &s, int group, int lane, int unit, int bits) {
+    KAKEYA_UNROLL
+    for (int n = 0; n < kCodes; ++n) {
+      const int channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
+      at[n] = (group * Unit<D>::tokens + code_token<D, K>(lane, n)) * s.stride + channel;
+      z[n] = normalised<D, K>(s, s.rows[at[n]], channel);
+      below[n] = 0;
     }
-    int state = 0;
-    float best = cost[0];
-    for (int st = 1; st < 8; ++st)
-      if (cost[st] < best) best = cost[st], state = st;
-    // Back through the chain: a step's history becomes its (path bit, refinement << 1, subset << 6).
-    for (int i = steps - 1; i >= 0; --i) {
-      const uint32_t h = history[i];
-      const int u = state & 1, from = (state >> 1) | int(h >> state & 1u) << 2;
-      const int subset = trellis_subset(from, u);
-      history[i] = uint32_t(u) | (h >> (8 + kIndexBits * subset) & 31u) << 1 | uint32_t(subset) << 6;
+    const float *thresholds = s.tables.thresholds + (1 << bits) - 1;
+    for (int step = 1 << bits >> 1; step > 0; step >>= 1) {
+      KAKEYA_UNROLL
+      for (int n = 0; n < kCodes; ++n)
+        if (z[n] > thresholds[below[n] + step]) below[n] += step;
+    }
+  }
+};
+
+// Codes of a scalar quantiser: one thread a chain.
+template <int D, bool K>
+KAKEYA_HD void seal_scalar(const SealJob &job, SealState<D> &s, int group, int lane, uint32_t exact) {
+  uint8_t *out = job.page + s.codes_start + unit_bytes(1) * group * s.bits;
+  const float *points = s.tables.points[0].x;
+  for (int u = 0; u < Unit<D>::units; ++u) {
+    const int w = s.widths[u];
+    if (w == 0) continue;
+    LaneInput<D, K> in;
+    in.load(s, group, lane, u, w);
+    store_codes(w, out, lane, [&](int n) { return uint32_t(in.below[n]); });
+    // The codes of exact tokens are those of zero: half the thresholds lie below, the middle one is zero itself.
+    if (exact) {
+      const float zero = points[(1 << w) + (1 << w >> 1) - 1];
+      take_points_off<D, K>(s, group, lane, u, exact, [&](int) { return zero; });
+    }
+    out += unit_bytes(w);
+  }
+}
+
+KAKEYA_HD constexpr int trellis_subset(int state, int u) {
+  return 2 * ((u ^ state ^ (state >> 2)) & 1) + ((state >> 1) & 1);
+}
+
+// Codes of the trellis: one thread a chain. The search leaves a step's decisions (bit s: state s came from its high
+// predecessor) and its number of thresholds below z (from bit 8) where the input was.
+template <int D, bool K>
+KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int lane, uint32_t exact) {
+  float cost[8];
+  for (int i = 0; i < 8; ++i) cost[i] = i == 0 ? 0.0f : bits_float(0x7f800000u);
+  for (int u = 0; u < Unit<D>::units; ++u) {
+    const int w = s.widths[u];
+    if (w == 0) continue;
+    LaneInput<D, K> in;
+    in.load(s, group, lane, u, w + 1);
+    const Quad *windows = s.tables.points + window_start(w);
+    KAKEYA_UNROLL
+    for (int n = 0; n < kCodes; ++n) {
+      const Quad p = windows[in.below[n]];
+      float dist[4];
+      KAKEYA_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const float e = in.z[n] - p.x[j];
+        dist[j] = e * e;
+      }
+      uint32_t history = uint32_t(in.below[n]) << 8;
+      float next[8];
+      KAKEYA_UNROLL
+      for (int st = 0; st < 8; ++st) {
+        const int low = st >> 1, high = low | 4, b = st & 1;
+        const float x = cost[low] + dist[trellis_subset(low, b)];
+        const float y = cost[high] + dist[trellis_subset(high, b)];
+        const bool better = y < x;
+        next[st] = better ? y : x;
+        if (better) history |= 1u << st;
+      }
+      KAKEYA_UNROLL
+      for (int st = 0; st < 8; ++st) cost[st] = next[st];
+      s.rows[in.at[n]] = bits_float(history);
+    }
+  }
+  int state = 0;
+  float best = cost[0];
+  KAKEYA_UNROLL
+  for (int st = 1; st < 8; ++st)
+    if (cost[st] < best) best = cost[st], state = st;
+  // Back through the chain, unit by unit.
+  uint8_t *out = job.page + s.codes_start + unit_bytes(1) * (group + 1) * s.bits;
+  for (int u = Unit<D>::units - 1; u >= 0; --u) {
+    const int w = s.widths[u];
+    if (w == 0) continue;
+    out -= unit_bytes(w);
+    LaneInput<D, K> in;
+    in.place(s, group, lane, u);
+    uint32_t refinement[kCodes];
+    KAKEYA_UNROLL
+    for (int n = 0; n < kCodes; ++n) refinement[n] = float_bits(s.rows[in.at[n]]);
+    uint32_t path = 0, subsets = 0;
+    KAKEYA_UNROLL
+    for (int n = kCodes - 1; n >= 0; --n) {
+      const uint32_t h = refinement[n];
+      const int bit = state & 1, from = (state >> 1) | int(h >> state & 1u) << 2, subset = trellis_subset(from, bit);
+      path |= uint32_t(bit) << n;
+      subsets |= uint32_t(subset) << 2 * n;
+      refinement[n] = ((h >> 8) + 3u - uint32_t(subset)) >> 2;
       state = from;
     }
-    const uint32_t *step = history;
-    for (int u = 0; u < units; ++u) {
-      const int w = v.widths[u];
-      if (w == 0) continue;
-      for (int n = 0; n < kCodes; ++n) coded(u, n, grids[w], (step[n] >> 1 & 31u) << 2 | step[n] >> 6);
-      store_codes<1>(out, lane, [&](int n) { return step[n] & 1u; });
-      if (w > 1) store_codes(w - 1, out + unit_bytes(1), lane, [&](int n) { return step[n] >> 1 & 31u; });
-      out += unit_bytes(w);
-      step += kCodes;
+    // Bit n of a lane's path bits is that of code n.
+    store_u16(out + 2 * lane, path);
+    if (w > 1) store_codes(w - 1, out + unit_bytes(1), lane, [&](int n) { return refinement[n]; });
+    // The codes of exact tokens are those of zero: below it lie 2^w - 2 of 2^(w+1) - 4 thresholds.
+    if (exact) {
+      const Quad *zero = s.tables.points + window_start(w) + (1 << w) - 2;
+      take_points_off<D, K>(s, group, lane, u, exact, [&](int n) { return zero->x[subsets >> 2 * n & 3u]; });
     }
   }
 }
 
-// Header, statistics and padding; the last phase.
-KAKEYA_HD void seal_finish(const SealJob &job, SealState &s, int thread) {
-  const Tables &t = *job.tables;
-  const int d = int(t.head_dim), n = 2 * d;
-  const LayerLayout l = t.at<LayerLayout>(t.layers)[job.layer];
-  auto scale = [&](int i) { return uint32_t(s.scales[i >= d][i >= d ? i - d : i]); };
-  auto mean = [&](int i) { return uint32_t(s.means[i >= d][i >= d ? i - d : i]); };
-  uint8_t *side = job.page + l.side_offset;
-  if (t.calibrated) {
-    for (int i = thread; i < n / 2; i += kSealThreads) {
-      side[i] = uint8_t(scale(2 * i) | scale(2 * i + 1) << 4);
-      side[n / 2 + i] = uint8_t((mean(2 * i) & 15u) | (mean(2 * i + 1) & 15u) << 4);
+template <int D, bool K>
+KAKEYA_HD void seal_codes(const SealJob &job, SealState<D> &s, int thread) {
+  if (thread >= Unit<D>::chains) return;
+  const int group = thread / kLanes, lane = thread % kLanes;
+  const uint32_t exact = exact_codes<D, K>(s, group, lane);
+  if (s.trellis)
+    seal_trellis<D, K>(job, s, group, lane, exact);
+  else
+    seal_scalar<D, K>(job, s, group, lane, exact);
+}
+
+// Largest magnitudes of the sixteenths of each slot.
+template <int D>
+KAKEYA_HD void seal_peaks(SealState<D> &s, int thread) {
+  if (thread >= int(s.layout.num_slots) * 16) return;
+  const float *x = s.part + thread * (D / 16);
+  float peak = 0.0f;
+  for (int i = 0; i < D / 16; ++i) {
+    const float a = x[i] < 0 ? -x[i] : x[i];
+    peak = a > peak ? a : peak;
+  }
+  s.peaks[thread] = peak;
+}
+
+// Slots and statistics; header and padding with the keys. The last phase.
+template <int D, bool K>
+KAKEYA_HD void seal_finish(const SealJob &job, SealState<D> &s, int thread) {
+  const int n = int(s.layout.num_slots);
+  uint8_t *slots = job.page + s.layout.slots_offset;
+  for (int e = thread; e < n * (D / 4); e += kSealThreads) {
+    const int slot = e / (D / 4), byte = e % (D / 4) * 4;
+    float peak = 0.0f;
+    for (int i = 0; i < 16; ++i) {
+      const float a = s.peaks[16 * slot + i];
+      peak = a > peak ? a : peak;
     }
-    for (int i = thread; i < n / 4; i += kSealThreads) {
+    float want = peak / 127.0f;
+    want = want > 65504.0f ? 65504.0f : want;
+    const uint16_t bits = half_bits(want);
+    const float scale = half_value(bits);
+    uint32_t word = 0;
+    for (int i = 0; i < 4; ++i) {
+      const int at = byte + i, unit = at / Unit<D>::channels * Unit<D>::channels;
+      float q = 0.0f;
+      if (scale > 0.0f) {
+        q = round_even(s.part[slot * D + unit + slot_channel<D, K>(at - unit)] / scale);
+        q = q < -127.0f ? -127.0f : q > 127.0f ? 127.0f : q;
+      }
+      word |= uint32_t(uint8_t(int8_t(q))) << 8 * i;
+    }
+    store_u32(slots + ((K ? 0 : n) + slot) * D + byte, word);
+    if (byte == 0) store_u16(slots + 2 * n * D + 4 * slot + (K ? 0 : 2), bits);
+  }
+  uint8_t *side = job.page + s.layout.side_offset;
+  if (s.calibrated) {
+    uint8_t *scales = side + (K ? 0 : D / 2), *low = scales + D, *high = side + 2 * D + (K ? 0 : D / 4);
+    for (int i = thread; i < D / 2; i += kSealThreads) {
+      scales[i] = uint8_t(s.scales[2 * i] | s.scales[2 * i + 1] << 4);
+      low[i] = uint8_t((s.means[2 * i] & 15u) | (s.means[2 * i + 1] & 15u) << 4);
+    }
+    for (int i = thread; i < D / 4; i += kSealThreads) {
       uint32_t b = 0;
-      for (int k = 0; k < 4; ++k) b |= (mean(4 * i + k) >> 4) << 2 * k;
-      side[n + i] = uint8_t(b);
+      for (int k = 0; k < 4; ++k) b |= uint32_t(s.means[4 * i + k] >> 4) << 2 * k;
+      high[i] = uint8_t(b);
     }
   } else {
-    for (int i = thread; i < n; i += kSealThreads) {
-      side[i] = uint8_t(scale(i));
-      store_u16(side + n + 2 * i, mean(i));
+    for (int i = thread; i < D; i += kSealThreads) {
+      side[(K ? 0 : D) + i] = s.scales[i];
+      store_u16(side + 2 * D + 2 * ((K ? 0 : D) + i), s.means[i]);
     }
   }
-  const uint32_t end = l.slots_offset + l.num_slots * uint32_t(4 + 2 * d);
-  for (uint32_t i = end + uint32_t(thread); i < t.page_bytes; i += kSealThreads) job.page[i] = 0;
+  if (!K) return;
+  const uint32_t end = s.layout.slots_offset + uint32_t(n * (4 + 2 * D)), size = job.tables->page_bytes;
+  for (uint32_t i = end + uint32_t(thread); i < size; i += kSealThreads) job.page[i] = 0;
   if (thread == 0) {
     job.page[0] = 'K';
     job.page[1] = 1;
     job.page[2] = 0;
-    job.page[3] = uint8_t(l.num_slots);
+    job.page[3] = uint8_t(n);
     store_u32(job.page + 4, uint32_t(job.block_index));
-    for (uint32_t i = 0; i < uint32_t(kMaxSlots); ++i) job.page[8 + i] = i < l.num_slots ? s.tokens[i] : 0xff;
+  }
+  if (thread < kMaxSlots) job.page[8 + thread] = thread < n ? s.tokens[thread] : kNoSlot;
+}
+
+// The phases in order, in two parts. `run(phase)` calls phase(thread) for every thread and then waits for all of them.
+// Between the parts the keys' `tokens` go to the values' state. Nothing is written into the page before the second.
+template <int D, bool K, typename Load, typename Run>
+KAKEYA_HD void seal_begin(const SealJob &job, SealState<D> &s, const Load &load, Run run) {
+  run([&](int t) { seal_load<D, K>(job, s, t, load); });
+  if (!K) {
+    run([&](int t) { seal_hadamard(s, t); });
+    return;
+  }
+  run([&](int t) { seal_centre(job, s, t); });
+  if (!s.calibrated) {
+    for (int square = 0; square < 2; ++square) {
+      run([&](int t) { seal_moment_sums(job, s, t, square); });
+      run([&](int t) { seal_moments(s, t, square); });
+    }
+  }
+  run([&](int t) { seal_score_sums(job, s, t); });
+  run([&](int t) { seal_scores(s, t); });
+  run([&](int t) { seal_choose(s, t); });
+}
+
+template <int D, bool K, typename Run>
+KAKEYA_HD void seal_end(const SealJob &job, SealState<D> &s, Run run) {
+  run([&](int t) { seal_mark(job, s, t); });
+  run([&](int t) { seal_mean_sums<D, K>(job, s, t); });
+  run([&](int t) { seal_means(s, t); });
+  run([&](int t) { seal_residual<D, K>(job, s, t); });
+  run([&](int t) { seal_scales(job, s, t); });
+  run([&](int t) { seal_exact<D, K>(s, t); });
+  run([&](int t) { seal_codes<D, K>(job, s, t); });
+  run([&](int t) { seal_peaks(s, t); });
+  run([&](int t) { seal_finish<D, K>(job, s, t); });
+}
+
+// Calls f<head_dim>(); false where no kernel knows the head dimension.
+template <typename F>
+KAKEYA_HD bool with_head_dim(uint32_t head_dim, F f) {
+  switch (head_dim) {
+    case 64:
+      f(Unit<64>{});
+      return true;
+    case 96:
+      f(Unit<96>{});
+      return true;
+    case 128:
+      f(Unit<128>{});
+      return true;
+    case 256:
+      f(Unit<256>{});
+      return true;
+    default:
+      return false;
   }
 }
 
-// All phases in order. `run(phase)` calls phase(thread) for every thread of the block and then waits for all of them.
-// Returns whether the page was sealed; after a value that is not finite nothing is written.
-template <typename LoadK, typename LoadV, typename Run>
-KAKEYA_HD bool seal_block(const SealJob &job, SealState &s, LoadK load_k, LoadV load_v, Run run) {
-  run([&](int t) {
-    if (t == 0) s.status = kSealOk;
-  });
-  // Values are only looked at here, and loaded again after the keys are done: a page is written whole or not at all.
-  run([&](int t) { seal_load(job, s, t, false, load_v); });
-  run([&](int t) { seal_load(job, s, t, true, load_k); });
-  if (s.status != kSealOk) return false;
-  run([&](int t) { seal_centre(job, s, t); });
-  if (!job.tables->calibrated) run([&](int t) { seal_free_moments(job, s, t); });
-  run([&](int t) { seal_scores(job, s, t); });
-  run([&](int t) { seal_choose(job, s, t); });
-  for (int stream = 0; stream < 2; ++stream) {
-    const bool is_k = stream == 0;
-    if (!is_k) {
-      run([&](int t) { seal_load(job, s, t, false, load_v); });
-      run([&](int t) { seal_hadamard(job, s, t); });
-    }
-    run([&](int t) { seal_means(job, s, t, is_k); });
-    run([&](int t) { seal_residual(job, s, t, is_k); });
-    run([&](int t) { seal_scales(job, s, t, is_k); });
-    run([&](int t) { seal_normalise(job, s, t); });
-    run([&](int t) { seal_codes(job, s, t, is_k); });
-    run([&](int t) { seal_slots(job, s, t, is_k); });
-  }
-  run([&](int t) { seal_finish(job, s, t); });
-  return true;
+// Dynamic shared memory of kakeya_seal.
+constexpr size_t seal_shared_bytes(int head_dim) {
+  return head_dim == 64    ? sizeof(SealState<64>)
+         : head_dim == 96  ? sizeof(SealState<96>)
+         : head_dim == 128 ? sizeof(SealState<128>)
+                           : sizeof(SealState<256>);
 }
 
 }  // namespace kakeya

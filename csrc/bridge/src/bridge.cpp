@@ -1,5 +1,6 @@
 #include "bridge.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -87,6 +88,22 @@ void with_width(size_t width, F f) {
   }
 }
 
+// Eight channels of a row, as the sealing phases load them.
+struct HostRows {
+  struct Raw {
+    float x[8];
+  };
+  const float *rows;
+  int d;
+
+  Raw operator()(int j, int i) const {
+    Raw raw;
+    std::copy_n(rows + j * d + i, 8, raw.x);
+    return raw;
+  }
+  void widen(const Raw &raw, float *x) const { std::copy_n(raw.x, 8, x); }
+};
+
 void require(bool ok, const char *what) {
   if (!ok) throw std::invalid_argument(what);
 }
@@ -118,15 +135,24 @@ bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uin
   require(t.total_bytes <= tables.size() * 8, "seal: tables are shorter than their header says");
   require(layer < t.num_layers && head < t.num_kv_heads && block_index < t.max_blocks, "seal: layer, head or block");
   require(k.size() == kBlock * d && v.size() == kBlock * d && page.size() == t.page_bytes, "seal: sizes");
-  std::vector<float> rows(kBlock * d);
-  SealState state;
-  state.rows = rows.data();
-  const SealJob job = {&t, int(layer), int(head), int(block_index), page.data()};
-  return seal_block(
-      job, state, [&](int j, int i) { return k[j * d + i]; }, [&](int j, int i) { return v[j * d + i]; },
-      [](auto phase) {
-        for (int thread = 0; thread < kSealThreads; ++thread) phase(thread);
-      });
+  bool sealed = false;
+  with_head_dim(t.head_dim, [&](auto unit) {
+    constexpr int D = decltype(unit)::head_dim;
+    std::vector<SealState<D>> states(2);
+    const SealJob job = {&t, int(layer), int(head), int(block_index), 0, page.data()};
+    const auto run = [](auto phase) {
+      for (int thread = 0; thread < kSealThreads; ++thread) phase(thread);
+    };
+    for (SealState<D> &s : states) run([&](int thread) { seal_setup(t, s, thread); });
+    seal_begin<D, true>(job, states[0], HostRows{k.data(), D}, run);
+    seal_begin<D, false>(job, states[1], HostRows{v.data(), D}, run);
+    sealed = !states[0].bad[0] && !states[1].bad[0];
+    if (!sealed) return;
+    std::copy_n(states[0].tokens, kMaxSlots, states[1].tokens);
+    seal_end<D, true>(job, states[0], run);
+    seal_end<D, false>(job, states[1], run);
+  });
+  return sealed;
 }
 
 }  // namespace kakeya
