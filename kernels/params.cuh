@@ -1,6 +1,6 @@
-// Arguments of the kernels, passed by value. crates/ffi mirrors each as a repr(C) struct of the same size; strides count
-// elements unless their name says bytes. Pointers are device pointers; nothing here is allocated, copied or synchronised
-// by a kernel, so every launch may be captured in a CUDA graph.
+// Arguments of the kernels, passed by value. crates/ffi mirrors each as a repr(C) struct of the same size; strides
+// count elements unless their name says bytes. Pointers are device pointers; nothing here is allocated, copied or
+// synchronised by a kernel, so every launch may be captured in a CUDA graph.
 #pragma once
 
 #include "tables.cuh"

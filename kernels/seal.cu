@@ -1,49 +1,116 @@
-// Sealing on the GPU: one thread block seals one (block, KV head) from bf16 keys and values. seal.cuh has the
-// arithmetic, phase by phase; here the threads of a phase run at once. Compile with -fmad=false: page bytes equal the
-// codec's.
-#include <cuda_bf16.h>
+// kakeya_seal: a cluster of two thread blocks seals a (block, KV head) after the other, one its keys, one its values.
+// seal.cuh has the arithmetic, phase by phase; here the threads of a phase run at once. Compile with -fmad=false: page
+// bytes equal the codec's.
+#include <cooperative_groups.h>
 
+#include "elements.cuh"
+#include "params.cuh"
 #include "seal.cuh"
 
 namespace kakeya {
+namespace {
 
-// One block to seal: its first token in k and v, its index in the sequence, its pages (head h at page + h *
-// head_stride).
-struct SealBlock {
-  int64_t first_token;
-  int32_t block_index;
-  int32_t reserved;
-  uint8_t *page;
+// What the two thread blocks of a cluster tell each other about a task.
+struct Message {
+  uint64_t tokens;
+  uint32_t bad;
 };
 
-struct SealParams {
-  const Tables *tables;
-  const __nv_bfloat16 *k, *v;
-  int64_t token_stride, head_stride;  // elements
-  int64_t page_head_stride;           // bytes
-  int32_t layer, first_head;
-  const SealBlock *blocks;
-  uint32_t *status;  // set to kSealNonFinite where a value was refused; may be shared by all launches
+template <typename T>
+struct Rows {
+  const T *first;
+  int64_t stride;
+  bool aligned;
+
+  __device__ __forceinline__ Eight<T> operator()(int j, int i) const { return load8(first + j * stride + i, aligned); }
+  __device__ __forceinline__ void widen(const Eight<T> &raw, float *x) const {
+    KAKEYA_UNROLL
+    for (int k = 0; k < 8; ++k) x[k] = kakeya::widen(raw.x[k]);
+  }
 };
 
-// Grid (blocks, heads); dynamic shared memory 128 * head_dim * 4 bytes.
-extern "C" __global__ void __launch_bounds__(kSealThreads) kakeya_seal_bf16(SealParams p) {
-  extern __shared__ float rows[];
-  __shared__ SealState state;
-  if (threadIdx.x == 0) state.rows = rows;
+template <typename T, int D, bool K>
+__device__ __forceinline__ void seal_stream(const SealParams &p, int tasks, SealState<D> &s, Message *inbox) {
+  const auto run = [](auto phase) {
+    phase(int(threadIdx.x));
+    __syncthreads();
+  };
+  auto cluster = cooperative_groups::this_cluster();
+  Message *outbox = cluster.map_shared_rank(inbox, K ? 1 : 0);
+  seal_setup(*p.tables, s, int(threadIdx.x));
   __syncthreads();
-  const SealBlock b = p.blocks[blockIdx.x];
-  const int head = int(blockIdx.y);
-  const SealJob job = {p.tables, p.layer, p.first_head + head, b.block_index, b.page + head * p.page_head_stride};
-  const int64_t base = b.first_token * p.token_stride + head * p.head_stride;
-  const bool ok = seal_block(
-      job, state, [&](int j, int i) { return __bfloat162float(p.k[base + j * p.token_stride + i]); },
-      [&](int j, int i) { return __bfloat162float(p.v[base + j * p.token_stride + i]); },
-      [&](auto phase) {
-        phase(int(threadIdx.x));
-        __syncthreads();
-      });
-  if (!ok && threadIdx.x == 0) atomicExch(p.status, uint32_t(kSealNonFinite));
+  const T *rows = static_cast<const T *>(K ? p.k : p.v), *open = static_cast<const T *>(p.open_blocks);
+  const int64_t token_stride = K ? p.k_token_stride : p.v_token_stride;
+  const int64_t head_stride = K ? p.k_head_stride : p.v_head_stride;
+  const bool aligned = aligned_rows(rows, token_stride, head_stride);
+  const int clusters = int(gridDim.x) / 2, all = tasks * p.num_kv_heads;
+  int parity = 0;
+  for (int e = int(blockIdx.x) / 2; e < all; e += clusters) {
+    const int head = e % p.num_kv_heads;
+    const SealTask task = reinterpret_cast<const SealTask *>(p.plan + 4)[e / p.num_kv_heads];
+    uint8_t *page = p.pages + task.block * p.page_block_stride + head * p.page_head_stride;
+    const SealJob job = {p.tables, p.layer, p.first_head + head, task.block_index, parity, page};
+    Rows<T> source;
+    if (task.first_row >= 0) {
+      source = {rows + task.first_row * token_stride + head * head_stride, token_stride, aligned};
+    } else if (task.slot >= 0) {
+      const int64_t at = (int64_t(task.slot) * 2 + (K ? 0 : 1)) * p.num_kv_heads + head;
+      source = {open + at * kBlock * D, D, true};
+    } else {  // both thread blocks see it
+      if (K && threadIdx.x == 0) atomicOr(p.status, uint32_t(kSealNoOpenBlock));
+      continue;
+    }
+    seal_begin<D, K>(job, s, source, run);
+    if (threadIdx.x == 0) {
+      uint64_t tokens;
+      memcpy(&tokens, s.tokens, sizeof tokens);
+      outbox[parity] = {tokens, s.bad[parity]};
+    }
+    // The other side reads this message before it arrives here for the next task, and its turn after that uses the
+    // same place again.
+    cluster.sync();
+    const Message m = inbox[parity];
+    parity ^= 1;
+    if (m.bad | s.bad[job.parity]) {
+      if (K && threadIdx.x == 0) atomicOr(p.status, uint32_t(kSealNonFinite));
+      __syncthreads();
+      if (threadIdx.x == 0) s.bad[parity] = 0;
+      __syncthreads();
+      continue;
+    }
+    if (!K && threadIdx.x == 0) memcpy(s.tokens, &m.tokens, sizeof m.tokens);
+    __syncthreads();
+    seal_end<D, K>(job, s, run);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void seal(const SealParams &p) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  __shared__ Message inbox[2];
+  const int tasks = p.plan[0];
+  if (tasks == 0) return;
+  // No message may arrive before its reader runs.
+  cooperative_groups::this_cluster().sync();
+  with_head_dim(p.tables->head_dim, [&](auto unit) {
+    constexpr int D = decltype(unit)::head_dim;
+    SealState<D> &s = *reinterpret_cast<SealState<D> *>(shared);
+    if (blockIdx.x % 2 == 0)
+      seal_stream<T, D, true>(p, tasks, s, inbox);
+    else
+      seal_stream<T, D, false>(p, tasks, s, inbox);
+  });
+}
+
+}  // namespace
+
+// An even number of thread blocks of kSealThreads; dynamic shared memory seal_shared_bytes(head_dim). A grid as large
+// as the device holds at once suits any number of tasks.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kSealThreads, 2) kakeya_seal_bf16(SealParams p) {
+  seal<__nv_bfloat16>(p);
+}
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kSealThreads, 2) kakeya_seal_f16(SealParams p) {
+  seal<__half>(p);
 }
 
 }  // namespace kakeya

@@ -229,6 +229,20 @@ KAKEYA_HD void seal_setup(const Tables &t, SealState<D> &s, int thread) {
   }
 }
 
+// The butterflies of distances 1, 2 and 4 of eight neighbours.
+KAKEYA_HD void hadamard_near(float *x) {
+  KAKEYA_UNROLL
+  for (int len = 1; len < 8; len *= 2) {
+    KAKEYA_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      if (k & len) continue;
+      const float a = x[k], b = x[k + len];
+      x[k] = a + b;
+      x[k + len] = a - b;
+    }
+  }
+}
+
 // Rows into shared memory as f32: keys canonical, values after the butterflies of distances 1, 2 and 4. `load(j, i)`
 // gives eight natural channels of token j from i on, as they are stored; `widen` makes them floats.
 template <int D, bool K, typename Load>
@@ -259,18 +273,7 @@ KAKEYA_HD void seal_load(const SealJob &job, SealState<D> &s, int thread, const 
         for (int k = 0; k < 8; ++k) row[s.canonical[i + k]] = x[k];
         continue;
       }
-      if (!K) {
-        KAKEYA_UNROLL
-        for (int len = 1; len < 8; len *= 2) {
-          KAKEYA_UNROLL
-          for (int k = 0; k < 8; ++k) {
-            if (k & len) continue;
-            const float a = x[k], b = x[k + len];
-            x[k] = a + b;
-            x[k + len] = a - b;
-          }
-        }
-      }
+      if (!K) hadamard_near(x);
       *reinterpret_cast<Quad *>(row + i) = {{x[0], x[1], x[2], x[3]}};
       *reinterpret_cast<Quad *>(row + i + 4) = {{x[4], x[5], x[6], x[7]}};
     }
@@ -307,7 +310,7 @@ KAKEYA_HD void seal_centre(const SealJob &job, SealState<D> &s, int thread) {
   for (int e = thread; e < 8 * h; e += kSealThreads) {
     const int w = e / h, p = e - w * h;
     const float c = cos[p], sn = sin[p];
-    KAKEYA_UNROLL
+    KAKEYA_UNROLL_4
     for (int j = 16 * w; j < 16 * w + 16; ++j) {
       float *row = s.rows + j * s.stride;
       const float a = row[p], b = row[p + h];
@@ -323,15 +326,15 @@ KAKEYA_HD void seal_centre(const SealJob &job, SealState<D> &s, int thread) {
   }
 }
 
-// Values: the remaining butterflies, distances 8 and up.
+// The butterflies of distances 8 and up of all rows, and the scaling.
 template <int D>
-KAKEYA_HD void seal_hadamard(SealState<D> &s, int thread) {
+KAKEYA_HD void hadamard_far(float *rows, int thread) {
   constexpr int n = D & -D, length = n / 8;
   // 1 / sqrt(n) rounded to f32.
   constexpr float scale = n == 32 ? 0.17677669f : n == 64 ? 0.125f : n == 128 ? 0.088388346f : 0.0625f;
   for (int e = thread; e < kBlock * (D / length); e += kSealThreads) {
     const int j = e / (D / length), r = e % (D / length);
-    float *at = s.rows + j * s.stride + r / 8 * n + r % 8;
+    float *at = rows + j * SealState<D>::stride + r / 8 * n + r % 8;
     float x[length];
     KAKEYA_UNROLL
     for (int k = 0; k < length; ++k) x[k] = at[8 * k];
@@ -350,6 +353,11 @@ KAKEYA_HD void seal_hadamard(SealState<D> &s, int thread) {
   }
 }
 
+template <int D>
+KAKEYA_HD void seal_hadamard(SealState<D> &s, int thread) {
+  hadamard_far<D>(s.rows, thread);
+}
+
 // Partial sums of each channel over sixteen neighbouring tokens, of f(token, channel, x), x the key before rotary
 // embedding or the transformed value.
 template <int D, bool K, typename F>
@@ -360,8 +368,8 @@ KAKEYA_HD void channel_sums(const SealJob &job, SealState<D> &s, int thread, F f
   for (int e = thread; e < 8 * columns; e += kSealThreads) {
     const int w = e / columns, i = e - w * columns;
     float sum = 0.0f, second = 0.0f;
-    if (i < h) {
-      KAKEYA_UNROLL
+    if (K && i < h) {
+      KAKEYA_UNROLL_4
       for (int k = 0; k < 16; ++k) {
         const int j = 16 * w + k;
         const float a = s.rows[j * s.stride + i], b = s.rows[j * s.stride + i + h];
@@ -372,7 +380,7 @@ KAKEYA_HD void channel_sums(const SealJob &job, SealState<D> &s, int thread, F f
       s.part[w * D + i] = sum;
       s.part[w * D + i + h] = second;
     } else {
-      KAKEYA_UNROLL
+      KAKEYA_UNROLL_4
       for (int k = 0; k < 16; ++k) sum += f(16 * w + k, i + h, s.rows[(16 * w + k) * s.stride + i + h]);
       s.part[w * D + i + h] = sum;
     }
@@ -500,7 +508,7 @@ KAKEYA_HD void seal_residual(const SealJob &job, SealState<D> &s, int thread) {
     float sum = 0.0f, second = 0.0f;
     if (i < h) {
       const float a = s.base[i], b = s.base[i + h];
-      KAKEYA_UNROLL
+      KAKEYA_UNROLL_4
       for (int k = 0; k < 16; ++k) {
         const int j = 16 * w + k;
         float *row = s.rows + j * s.stride;

@@ -15,9 +15,11 @@
 #ifdef __CUDACC__
 #define KAKEYA_HD __host__ __device__ __forceinline__
 #define KAKEYA_UNROLL _Pragma("unroll")
+#define KAKEYA_UNROLL_4 _Pragma("unroll 4")
 #else
 #define KAKEYA_HD inline
 #define KAKEYA_UNROLL
+#define KAKEYA_UNROLL_4
 #endif
 
 namespace kakeya {

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "seal.cuh"
+#include "open.cuh"
 
 namespace kakeya {
 namespace {
@@ -153,6 +153,29 @@ bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uin
     seal_end<D, false>(job, states[1], run);
   });
   return sealed;
+}
+
+void open(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, rust::Slice<const uint8_t> page,
+          rust::Slice<float> k, rust::Slice<float> v) {
+  require(tables.size() * 8 >= sizeof(Tables), "open: tables");
+  const Tables &t = *reinterpret_cast<const Tables *>(tables.data());
+  const size_t d = t.head_dim;
+  require(t.total_bytes <= tables.size() * 8, "open: tables are shorter than their header says");
+  require(layer < t.num_layers && head < t.num_kv_heads, "open: layer or head");
+  require(k.size() == kBlock * d && v.size() == kBlock * d && page.size() == t.page_bytes, "open: sizes");
+  with_head_dim(t.head_dim, [&](auto unit) {
+    constexpr int D = decltype(unit)::head_dim;
+    std::vector<OpenState<D>> state(1);
+    const OpenJob job = {&t, int(layer), int(head), page.data()};
+    const auto run = [](auto phase) {
+      for (int thread = 0; thread < kSealThreads; ++thread) phase(thread);
+    };
+    const auto into = [](float *out) {
+      return [out](int j, int i, const float *x) { std::copy_n(x, 8, out + j * D + i); };
+    };
+    open_stream<D, true>(job, state[0], into(k.data()), run);
+    open_stream<D, false>(job, state[0], into(v.data()), run);
+  });
 }
 
 }  // namespace kakeya

@@ -17,4 +17,8 @@ void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<
 bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uint32_t block_index,
           rust::Slice<const float> k, rust::Slice<const float> v, rust::Slice<uint8_t> page);
 
+// Opens a page into rows [128][head_dim]; NaN where it is none.
+void open(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, rust::Slice<const uint8_t> page,
+          rust::Slice<float> k, rust::Slice<float> v);
+
 }  // namespace kakeya

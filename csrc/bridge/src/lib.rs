@@ -22,7 +22,16 @@ mod ffi {
             v: &[f32],
             page: &mut [u8],
         ) -> Result<bool>;
+        /// Opens a page into rows `[128][head_dim]`; NaN where it is none.
+        fn open(
+            tables: &[u64],
+            layer: u32,
+            head: u32,
+            page: &[u8],
+            k: &mut [f32],
+            v: &mut [f32],
+        ) -> Result<()>;
     }
 }
 
-pub use ffi::{pack, seal, trellis_symbols, unpack};
+pub use ffi::{open, pack, seal, trellis_symbols, unpack};

@@ -24,6 +24,12 @@ fn check(
     assert!(kakeya_bridge::seal(t, layer as u32, head as u32, block as u32, k, v, &mut theirs).unwrap());
     let first = ours.iter().zip(&theirs).position(|(a, b)| a != b);
     assert!(first.is_none(), "{what} D={d}: byte {} differs", first.unwrap());
+    let mut opened = [vec![0.0; BLOCK * d], vec![0.0; BLOCK * d], vec![1.0; BLOCK * d], vec![1.0; BLOCK * d]];
+    let [k, v, k_device, v_device] = &mut opened;
+    c.open(layer, head, &ours, k, v).unwrap();
+    kakeya_bridge::open(t, layer as u32, head as u32, &ours, k_device, v_device).unwrap();
+    let equal = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+    assert!(equal(k, k_device) && equal(v, v_device), "{what} D={d}: opened rows differ");
 }
 
 #[test]
@@ -60,5 +66,22 @@ fn hostile_input_too() {
                 assert!(page.iter().all(|b| *b == 0x33));
             }
         }
+    }
+}
+
+#[test]
+fn what_is_no_page_opens_as_nan() {
+    let c = common::codec("kakeya-4.6x", &common::shape(64, false, 64));
+    let t = words(&tables(&c));
+    let (k, v) = common::natural_block(&c, 0, 0, 2, 3);
+    let mut page = vec![0; c.page_bytes()];
+    c.seal(0, 0, 2, Rows::dense(&k, 64), Rows::dense(&v, 64), &mut page).unwrap();
+    for (at, byte) in [(0, 0), (1, 2), (2, 1), (3, 9), (7, 1), (8, 128)] {
+        let mut bad = page.clone();
+        bad[at] = byte;
+        let (mut k, mut v) = (vec![0.0; BLOCK * 64], vec![0.0; BLOCK * 64]);
+        assert!(c.open(0, 0, &bad, &mut k, &mut v).is_err());
+        kakeya_bridge::open(&t, 0, 0, &bad, &mut k, &mut v).unwrap();
+        assert!(k.iter().chain(&v).all(|x| x.is_nan()), "byte {at}");
     }
 }
