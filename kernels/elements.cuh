@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "unit.cuh"
 
 namespace kakeya {
@@ -48,6 +50,18 @@ __device__ __forceinline__ void store8(T *p, const Eight<T> &x, bool aligned) {
   }
   KAKEYA_UNROLL
   for (int k = 0; k < 8; ++k) p[k] = x.x[k];
+}
+
+// Whether one of eight is above 2^24 in magnitude, infinite or NaN, by their bits: halves end below 2^24.
+template <typename T>
+__device__ __forceinline__ bool refused8(const Eight<T> &x) {
+  constexpr uint32_t largest = std::is_same_v<T, __half> ? 0x7bffu : 0x4b80u;
+  uint4 words;
+  memcpy(&words, &x, sizeof words);
+  const uint32_t a = __vmaxu2(words.x & 0x7fff7fffu, words.y & 0x7fff7fffu);
+  const uint32_t b = __vmaxu2(words.z & 0x7fff7fffu, words.w & 0x7fff7fffu);
+  const uint32_t m = __vmaxu2(a, b);
+  return (m & 0xffffu) > largest || m >> 16 > largest;
 }
 
 // Whether all rows of a strided tensor begin at multiples of 16 bytes.

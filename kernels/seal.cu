@@ -27,6 +27,7 @@ struct Rows {
     KAKEYA_UNROLL
     for (int k = 0; k < 8; ++k) x[k] = kakeya::widen(raw.x[k]);
   }
+  __device__ __forceinline__ bool refused(const Eight<T> &raw) const { return refused8(raw); }
 };
 
 template <typename T, int D, bool K>
@@ -37,7 +38,7 @@ __device__ __forceinline__ void seal_stream(const SealParams &p, int tasks, Seal
   };
   auto cluster = cooperative_groups::this_cluster();
   Message *outbox = cluster.map_shared_rank(inbox, K ? 1 : 0);
-  seal_setup(*p.tables, s, int(threadIdx.x));
+  seal_setup<D, K>(*p.tables, s, int(threadIdx.x));
   __syncthreads();
   const T *rows = static_cast<const T *>(K ? p.k : p.v), *open = static_cast<const T *>(p.open_blocks);
   const int64_t token_stride = K ? p.k_token_stride : p.v_token_stride;

@@ -9,6 +9,10 @@
 // -ffp-contract=off (host).
 #pragma once
 
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#endif
+
 #include "tables.cuh"
 
 namespace kakeya {
@@ -47,6 +51,9 @@ KAKEYA_HD float bits_float(uint32_t u) {
 
 // f32 -> f16 bits, round to nearest even, overflow to infinity.
 KAKEYA_HD uint16_t half_bits(float x) {
+#ifdef __CUDA_ARCH__
+  return __half_as_ushort(__float2half_rn(x));
+#else
   const uint32_t u = float_bits(x), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
   if (a >= 0x47800000u) return uint16_t(sign | (a > 0x7f800000u ? 0x7e00u : 0x7c00u));  // 2^16 and above, NaN
   if (a < 0x38800000u) {  // subnormal halves: multiples of 2^-24
@@ -57,14 +64,19 @@ KAKEYA_HD uint16_t half_bits(float x) {
   }
   const uint32_t r = a - 0x38000000u;
   return uint16_t(sign | ((r + 0xfffu + (r >> 13 & 1u)) >> 13));
+#endif
 }
 
 KAKEYA_HD float half_value(uint16_t h) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(h));
+#else
   const uint32_t sign = uint32_t(h & 0x8000u) << 16, e = h >> 10 & 31u, m = h & 1023u;
   if (e == 31u) return bits_float(sign | 0x7f800000u | m << 13);
   // Subnormals are m * 2^-24, exact in f32.
   if (e == 0u) return bits_float(sign | float_bits(float(m) * 5.9604644775390625e-8f));
   return bits_float(sign | (e + 112u) << 23 | m << 13);
+#endif
 }
 
 KAKEYA_HD float round_even(float x) {
@@ -139,8 +151,12 @@ struct alignas(16) SealState {
   // (slot, code position).
   float part[8 * D > 8 * kBlock ? 8 * D : 8 * kBlock];
   SealTables tables;
+  // cos (low half) and sin of the turns by 0..64 tokens, values of f16 as the codec's; rows begin eight banks apart.
+  static constexpr int turns_stride = D / 2 + 8;
+  uint32_t turns[(kBlock / 2 + 1) * turns_stride];
   float mean[D], step[D], sigma[D], sink[D], base[D], inverse[D];
-  float score[kBlock], peaks[kMaxSlots * 16];
+  alignas(16) int32_t score[kBlock];  // in total order
+  float peaks[kMaxSlots * 16];
   uint16_t order[D], means[D], canonical[D];
   uint8_t scales[D], active[D / 8];
   uint8_t tokens[kMaxSlots], slot_of[kBlock], widths[kMaxUnits];
@@ -168,22 +184,34 @@ KAKEYA_HD float tree8(float a, float b, float c, float d, float e, float f, floa
   return ((a + b) + (c + d)) + ((e + f) + (g + h));
 }
 
+struct Turn {
+  float cos, sin;
+};
+
+// Turn of pair p at token j's offset from the centre.
+template <int D>
+KAKEYA_HD Turn turn_of(const SealState<D> &s, int j, int p) {
+  const int offset = j - kBlock / 2;
+  const uint32_t x = s.turns[(offset < 0 ? -offset : offset) * s.turns_stride + p];
+  return {half_value(uint16_t(x)), half_value(uint16_t(offset < 0 ? x >> 16 ^ 0x8000u : x >> 16))};
+}
+
 // Channel i of key row j before rotary embedding, up to the centre's turn.
 template <int D>
-KAKEYA_HD float before(const Tables &t, const SealState<D> &s, int j, int i) {
+KAKEYA_HD float before(const SealState<D> &s, int j, int i) {
   const int h = int(s.pairs);
   const float *row = s.rows + j * s.stride;
   if (i >= 2 * h) return row[i];
   const int p = i < h ? i : i - h;
-  const float c = t.at<float>(t.offset_cos)[j * h + p], sn = t.at<float>(t.offset_sin)[j * h + p];
+  const Turn r = turn_of(s, j, p);
   const float a = row[p], b = row[p + h];
-  return i < h ? a * c + b * sn : b * c - a * sn;
+  return i < h ? a * r.cos + b * r.sin : b * r.cos - a * r.sin;
 }
 
 // ---- phases --------------------------------------------------------------------------------------------------------
 
 // Once in a thread block, before its first block.
-template <int D>
+template <int D, bool K>
 KAKEYA_HD void seal_setup(const Tables &t, SealState<D> &s, int thread) {
   const GridParams *grids = t.at<GridParams>(t.grids);
   const float *thresholds = t.at<float>(t.thresholds);
@@ -197,6 +225,18 @@ KAKEYA_HD void seal_setup(const Tables &t, SealState<D> &s, int thread) {
     s.bad[0] = s.bad[1] = 0;
   }
   for (int i = thread; i < D; i += kSealThreads) s.canonical[natural[i]] = uint16_t(i);
+  if (K) {
+    const int h = int(t.pairs);
+    const float *cos = t.at<float>(t.offset_cos), *sin = t.at<float>(t.offset_sin);
+    KAKEYA_UNROLL_4
+    for (int e = thread; e < (kBlock / 2 + 1) * h; e += kSealThreads) {
+      const int offset = e / h, p = e - offset * h;
+      // Token 0 stands 64 before the centre, where the sine has the other sign.
+      const int from = offset < kBlock / 2 ? (kBlock / 2 + offset) * h + p : p;
+      const float sn = offset < kBlock / 2 ? sin[from] : -sin[from];
+      s.turns[offset * s.turns_stride + p] = uint32_t(half_bits(cos[from])) | uint32_t(half_bits(sn)) << 16;
+    }
+  }
   for (int i = thread; i < int(t.scale_codes); i += kSealThreads) {
     o.factors[i] = t.at<float>(t.factors)[i];
     if (i + 1 < int(t.scale_codes)) o.scale_thresholds[i] = t.at<float>(t.scale_thresholds)[i];
@@ -244,15 +284,17 @@ KAKEYA_HD void hadamard_near(float *x) {
 }
 
 // Rows into shared memory as f32: keys canonical, values after the butterflies of distances 1, 2 and 4. `load(j, i)`
-// gives eight natural channels of token j from i on, as they are stored; `widen` makes them floats.
+// gives eight natural channels of token j from i on, as they are stored; `widen` makes them floats, `refused` tells
+// whether one of them is not finite or above kMaxAbs.
 template <int D, bool K, typename Load>
 KAKEYA_HD void seal_load(const SealJob &job, SealState<D> &s, int thread, const Load &load) {
-  constexpr int chunks = kBlock * D / 8 / kSealThreads, batch = chunks < 8 ? chunks : 8;
+  constexpr int chunks = kBlock * D / 8 / kSealThreads, batch = chunks % 4 == 0 ? 4 : 3;
   const Tables &t = *job.tables;
   const HeadView h = head_view(t, job.layer, job.head);
   const StreamView &v = K ? h.k : h.v;
   static_assert(chunks % batch == 0, "whole batches");
   bool bad = false;
+  KAKEYA_ROLLED
   for (int first = 0; first < chunks; first += batch) {
     decltype(load(0, 0)) raw[batch];
     KAKEYA_UNROLL
@@ -265,8 +307,7 @@ KAKEYA_HD void seal_load(const SealJob &job, SealState<D> &s, int thread, const 
       const int e = (first + c) * kSealThreads + thread, j = e / (D / 8), i = e % (D / 8) * 8;
       float x[8];
       load.widen(raw[c], x);
-      KAKEYA_UNROLL
-      for (int k = 0; k < 8; ++k) bad |= !((x[k] < 0 ? -x[k] : x[k]) <= kMaxAbs);
+      bad |= load.refused(raw[c]);
       float *row = s.rows + j * s.stride;
       if (K && s.interleaved) {
         KAKEYA_UNROLL
@@ -332,6 +373,7 @@ KAKEYA_HD void hadamard_far(float *rows, int thread) {
   constexpr int n = D & -D, length = n / 8;
   // 1 / sqrt(n) rounded to f32.
   constexpr float scale = n == 32 ? 0.17677669f : n == 64 ? 0.125f : n == 128 ? 0.088388346f : 0.0625f;
+  KAKEYA_ROLLED
   for (int e = thread; e < kBlock * (D / length); e += kSealThreads) {
     const int j = e / (D / length), r = e % (D / length);
     float *at = rows + j * SealState<D>::stride + r / 8 * n + r % 8;
@@ -361,10 +403,9 @@ KAKEYA_HD void seal_hadamard(SealState<D> &s, int thread) {
 // Partial sums of each channel over sixteen neighbouring tokens, of f(token, channel, x), x the key before rotary
 // embedding or the transformed value.
 template <int D, bool K, typename F>
-KAKEYA_HD void channel_sums(const SealJob &job, SealState<D> &s, int thread, F f) {
-  const Tables &t = *job.tables;
+KAKEYA_HD void channel_sums(SealState<D> &s, int thread, F f) {
   const int h = K ? int(s.pairs) : 0, columns = D - h;
-  const float *cos = t.at<float>(t.offset_cos), *sin = t.at<float>(t.offset_sin);
+  KAKEYA_ROLLED
   for (int e = thread; e < 8 * columns; e += kSealThreads) {
     const int w = e / columns, i = e - w * columns;
     float sum = 0.0f, second = 0.0f;
@@ -373,9 +414,9 @@ KAKEYA_HD void channel_sums(const SealJob &job, SealState<D> &s, int thread, F f
       for (int k = 0; k < 16; ++k) {
         const int j = 16 * w + k;
         const float a = s.rows[j * s.stride + i], b = s.rows[j * s.stride + i + h];
-        const float c = cos[j * h + i], sn = sin[j * h + i];
-        sum += f(j, i, a * c + b * sn);
-        second += f(j, i + h, b * c - a * sn);
+        const Turn r = turn_of(s, j, i);
+        sum += f(j, i, a * r.cos + b * r.sin);
+        second += f(j, i + h, b * r.cos - a * r.sin);
       }
       s.part[w * D + i] = sum;
       s.part[w * D + i + h] = second;
@@ -396,9 +437,9 @@ KAKEYA_HD float channel_sum(const SealState<D> &s, int i) {
 // Without calibration: each channel's mean, then its weight (slow channels: 1 / variance) for the distance score.
 // `base` and `inverse` hold them; nothing else does yet.
 template <int D>
-KAKEYA_HD void seal_moment_sums(const SealJob &job, SealState<D> &s, int thread, bool square) {
-  if (!square) return channel_sums<D, true>(job, s, thread, [](int, int, float x) { return x; });
-  channel_sums<D, true>(job, s, thread, [&](int, int i, float x) {
+KAKEYA_HD void seal_moment_sums(SealState<D> &s, int thread, bool square) {
+  if (!square) return channel_sums<D, true>(s, thread, [](int, int, float x) { return x; });
+  channel_sums<D, true>(s, thread, [&](int, int i, float x) {
     const float y = x - s.base[i];
     return y * y;
   });
@@ -416,15 +457,16 @@ KAKEYA_HD void seal_moments(SealState<D> &s, int thread, bool square) {
 
 // How much each token wants an exact slot: eight interleaved partial sums over its channels.
 template <int D>
-KAKEYA_HD void seal_score_sums(const SealJob &job, SealState<D> &s, int thread) {
-  const Tables &t = *job.tables;
+KAKEYA_HD void seal_score_sums(SealState<D> &s, int thread) {
+  KAKEYA_ROLLED
   for (int e = thread; e < 8 * kBlock; e += kSealThreads) {
     const int j = e / 8, r = e % 8;
     float sum = 0.0f;
+    KAKEYA_UNROLL_4
     for (int b = 0; b < D / 8; ++b) {
       if (!s.active[b]) continue;
       const int i = 8 * b + r;
-      const float x = before(t, s, j, i);
+      const float x = before(s, j, i);
       if (s.calibrated) {
         sum += s.sink[i] * x;
       } else {
@@ -439,17 +481,18 @@ template <int D>
 KAKEYA_HD void seal_scores(SealState<D> &s, int thread) {
   if (thread >= kBlock) return;
   const float *p = s.part + 8 * thread;
-  s.score[thread] = tree8(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]);
+  s.score[thread] = total_order(tree8(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]));
 }
 
 // The tokens with the best scores; of equal ones the earlier. A token's place is the number of better ones.
 template <int D>
 KAKEYA_HD void seal_choose(SealState<D> &s, int thread) {
   if (thread >= kBlock) return;
-  const int32_t own = total_order(s.score[thread]);
+  const int32_t own = s.score[thread];
   uint32_t place = 0;
+  KAKEYA_UNROLL_4
   for (int j = 0; j < kBlock; ++j) {
-    const int32_t other = total_order(s.score[j]);
+    const int32_t other = s.score[j];
     place += other > own || (other == own && j < thread);
   }
   if (place < s.layout.num_slots) s.tokens[place] = uint8_t(thread);
@@ -464,9 +507,8 @@ KAKEYA_HD void seal_mark(const SealJob &job, SealState<D> &s, int thread) {
 
 // Block means over the ordinary tokens.
 template <int D, bool K>
-KAKEYA_HD void seal_mean_sums(const SealJob &job, SealState<D> &s, int thread) {
-  channel_sums<D, K>(job, s, thread,
-                     [&](int j, int i, float x) { return s.slot_of[j] != kNoSlot ? 0.0f : x - s.mean[i]; });
+KAKEYA_HD void seal_mean_sums(SealState<D> &s, int thread) {
+  channel_sums<D, K>(s, thread, [&](int j, int i, float x) { return s.slot_of[j] != kNoSlot ? 0.0f : x - s.mean[i]; });
 }
 
 // Their codes, and the base that is taken off.
@@ -493,16 +535,15 @@ KAKEYA_HD void seal_means(SealState<D> &s, int thread) {
 // Takes the base off keys, turned by the token's offset; partial sums of squares. Values keep their base until they are
 // coded: it is the same for all tokens.
 template <int D, bool K>
-KAKEYA_HD void seal_residual(const SealJob &job, SealState<D> &s, int thread) {
+KAKEYA_HD void seal_residual(SealState<D> &s, int thread) {
   if (!K) {
-    return channel_sums<D, false>(job, s, thread, [&](int j, int i, float x) {
+    return channel_sums<D, false>(s, thread, [&](int j, int i, float x) {
       const float r = x - s.base[i];
       return s.slot_of[j] != kNoSlot ? 0.0f : r * r;
     });
   }
-  const Tables &t = *job.tables;
   const int h = int(s.pairs), columns = D - h;
-  const float *cos = t.at<float>(t.offset_cos), *sin = t.at<float>(t.offset_sin);
+  KAKEYA_ROLLED
   for (int e = thread; e < 8 * columns; e += kSealThreads) {
     const int w = e / columns, i = e - w * columns;
     float sum = 0.0f, second = 0.0f;
@@ -512,9 +553,9 @@ KAKEYA_HD void seal_residual(const SealJob &job, SealState<D> &s, int thread) {
       for (int k = 0; k < 16; ++k) {
         const int j = 16 * w + k;
         float *row = s.rows + j * s.stride;
-        const float c = cos[j * h + i], sn = sin[j * h + i];
+        const Turn r = turn_of(s, j, i);
         const bool exact = s.slot_of[j] != kNoSlot;
-        const float x = row[i] - (a * c - b * sn), y = row[i + h] - (b * c + a * sn);
+        const float x = row[i] - (a * r.cos - b * r.sin), y = row[i + h] - (b * r.cos + a * r.sin);
         row[i] = x;
         row[i + h] = y;
         sum += exact ? 0.0f : x * x;
@@ -582,6 +623,7 @@ KAKEYA_HD uint32_t exact_codes(const SealState<D> &s, int group, int lane) {
 // Takes the points of a unit's codes off the rows of its exact tokens; `point(n)` of code n.
 template <int D, bool K, typename F>
 KAKEYA_HD void take_points_off(SealState<D> &s, int group, int lane, int unit, uint32_t exact, F point) {
+  KAKEYA_ROLLED
   for (int n = 0; n < kCodes; ++n) {
     if (!(exact >> n & 1u)) continue;
     const int slot = s.slot_of[group * Unit<D>::tokens + code_token<D, K>(lane, n)];
@@ -624,35 +666,56 @@ KAKEYA_HD void store_codes(int width, uint8_t *unit, int lane, F value) {
   }
 }
 
-// The inputs of a lane's codes of a unit, where they lie, and how many thresholds of an alphabet of `bits` symbol bits
-// lie below each.
+// A quarter of a lane's codes of a unit, n = 4 q + c: where their inputs lie, the inputs, and how many thresholds of an
+// alphabet of `bits` symbol bits lie below each. Quarters keep the code short: a page is sealed once a kernel when
+// tokens come one by one, and then every instruction is fetched from afar.
 template <int D, bool K>
-struct LaneInput {
-  int at[kCodes], below[kCodes];
-  float z[kCodes];
+struct Quarter {
+  int at[4], below[4];
+  float z[4];
 
-  KAKEYA_HD void place(const SealState<D> &s, int group, int lane, int unit) {
+  KAKEYA_HD void place(const SealState<D> &s, int group, int lane, int unit, int q) {
     KAKEYA_UNROLL
-    for (int n = 0; n < kCodes; ++n) {
-      const int channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
-      at[n] = (group * Unit<D>::tokens + code_token<D, K>(lane, n)) * s.stride + channel;
+    for (int c = 0; c < 4; ++c) {
+      const int n = 4 * q + c, channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
+      at[c] = (group * Unit<D>::tokens + code_token<D, K>(lane, n)) * s.stride + channel;
     }
   }
 
-  KAKEYA_HD void load(const SealState<D> &s, int group, int lane, int unit, int bits) {
+  KAKEYA_HD void load(const SealState<D> &s, int group, int lane, int unit, int q, int bits) {
     KAKEYA_UNROLL
-    for (int n = 0; n < kCodes; ++n) {
-      const int channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
-      at[n] = (group * Unit<D>::tokens + code_token<D, K>(lane, n)) * s.stride + channel;
-      z[n] = normalised<D, K>(s, s.rows[at[n]], channel);
-      below[n] = 0;
+    for (int c = 0; c < 4; ++c) {
+      const int n = 4 * q + c, channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
+      at[c] = (group * Unit<D>::tokens + code_token<D, K>(lane, n)) * s.stride + channel;
+      z[c] = normalised<D, K>(s, s.rows[at[c]], channel);
+      below[c] = 0;
     }
     const float *thresholds = s.tables.thresholds + (1 << bits) - 1;
     for (int step = 1 << bits >> 1; step > 0; step >>= 1) {
       KAKEYA_UNROLL
-      for (int n = 0; n < kCodes; ++n)
-        if (z[n] > thresholds[below[n] + step]) below[n] += step;
+      for (int c = 0; c < 4; ++c)
+        if (z[c] > thresholds[below[c] + step]) below[c] += step;
     }
+  }
+};
+
+// A lane's sixteen codes of a unit, a byte each.
+struct CodeBytes {
+  uint32_t quarter[4];
+
+  KAKEYA_HD uint32_t operator()(int n) const { return quarter[n / 4] >> 8 * (n % 4) & 0xffu; }
+  // Quarters are put in descending (ascending) order.
+  KAKEYA_HD void push_front(uint32_t x) {
+    quarter[3] = quarter[2];
+    quarter[2] = quarter[1];
+    quarter[1] = quarter[0];
+    quarter[0] = x;
+  }
+  KAKEYA_HD void push_back(uint32_t x) {
+    quarter[0] = quarter[1];
+    quarter[1] = quarter[2];
+    quarter[2] = quarter[3];
+    quarter[3] = x;
   }
 };
 
@@ -661,12 +724,18 @@ template <int D, bool K>
 KAKEYA_HD void seal_scalar(const SealJob &job, SealState<D> &s, int group, int lane, uint32_t exact) {
   uint8_t *out = job.page + s.codes_start + unit_bytes(1) * group * s.bits;
   const float *points = s.tables.points[0].x;
+  KAKEYA_ROLLED
   for (int u = 0; u < Unit<D>::units; ++u) {
     const int w = s.widths[u];
     if (w == 0) continue;
-    LaneInput<D, K> in;
-    in.load(s, group, lane, u, w);
-    store_codes(w, out, lane, [&](int n) { return uint32_t(in.below[n]); });
+    CodeBytes codes = {{0, 0, 0, 0}};
+    KAKEYA_ROLLED
+    for (int q = 0; q < 4; ++q) {
+      Quarter<D, K> in;
+      in.load(s, group, lane, u, q, w);
+      codes.push_back(uint32_t(in.below[0] | in.below[1] << 8 | in.below[2] << 16 | in.below[3] << 24));
+    }
+    store_codes(w, out, lane, codes);
     // The codes of exact tokens are those of zero: half the thresholds lie below, the middle one is zero itself.
     if (exact) {
       const float zero = points[(1 << w) + (1 << w >> 1) - 1];
@@ -686,35 +755,43 @@ template <int D, bool K>
 KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int lane, uint32_t exact) {
   float cost[8];
   for (int i = 0; i < 8; ++i) cost[i] = i == 0 ? 0.0f : bits_float(0x7f800000u);
+  KAKEYA_ROLLED
   for (int u = 0; u < Unit<D>::units; ++u) {
     const int w = s.widths[u];
     if (w == 0) continue;
-    LaneInput<D, K> in;
-    in.load(s, group, lane, u, w + 1);
     const Quad *windows = s.tables.points + window_start(w);
-    KAKEYA_UNROLL
-    for (int n = 0; n < kCodes; ++n) {
-      const Quad p = windows[in.below[n]];
-      float dist[4];
+    KAKEYA_ROLLED
+    for (int q = 0; q < 4; ++q) {
+      Quarter<D, K> in;
+      in.load(s, group, lane, u, q, w + 1);
+      Quad p[4];
       KAKEYA_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const float e = in.z[n] - p.x[j];
-        dist[j] = e * e;
+      for (int c = 0; c < 4; ++c) p[c] = windows[in.below[c]];
+      uint32_t history[4];
+      KAKEYA_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        float dist[4];
+        KAKEYA_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const float e = in.z[c] - p[c].x[j];
+          dist[j] = e * e;
+        }
+        history[c] = uint32_t(in.below[c]) << 8;
+        float next[8];
+        KAKEYA_UNROLL
+        for (int st = 0; st < 8; ++st) {
+          const int low = st >> 1, high = low | 4, b = st & 1;
+          const float x = cost[low] + dist[trellis_subset(low, b)];
+          const float y = cost[high] + dist[trellis_subset(high, b)];
+          const bool better = y < x;
+          next[st] = better ? y : x;
+          if (better) history[c] |= 1u << st;
+        }
+        KAKEYA_UNROLL
+        for (int st = 0; st < 8; ++st) cost[st] = next[st];
       }
-      uint32_t history = uint32_t(in.below[n]) << 8;
-      float next[8];
       KAKEYA_UNROLL
-      for (int st = 0; st < 8; ++st) {
-        const int low = st >> 1, high = low | 4, b = st & 1;
-        const float x = cost[low] + dist[trellis_subset(low, b)];
-        const float y = cost[high] + dist[trellis_subset(high, b)];
-        const bool better = y < x;
-        next[st] = better ? y : x;
-        if (better) history |= 1u << st;
-      }
-      KAKEYA_UNROLL
-      for (int st = 0; st < 8; ++st) cost[st] = next[st];
-      s.rows[in.at[n]] = bits_float(history);
+      for (int c = 0; c < 4; ++c) s.rows[in.at[c]] = bits_float(history[c]);
     }
   }
   int state = 0;
@@ -724,28 +801,34 @@ KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int 
     if (cost[st] < best) best = cost[st], state = st;
   // Back through the chain, unit by unit.
   uint8_t *out = job.page + s.codes_start + unit_bytes(1) * (group + 1) * s.bits;
+  KAKEYA_ROLLED
   for (int u = Unit<D>::units - 1; u >= 0; --u) {
     const int w = s.widths[u];
     if (w == 0) continue;
     out -= unit_bytes(w);
-    LaneInput<D, K> in;
-    in.place(s, group, lane, u);
-    uint32_t refinement[kCodes];
-    KAKEYA_UNROLL
-    for (int n = 0; n < kCodes; ++n) refinement[n] = float_bits(s.rows[in.at[n]]);
+    CodeBytes refinement = {{0, 0, 0, 0}};
     uint32_t path = 0, subsets = 0;
-    KAKEYA_UNROLL
-    for (int n = kCodes - 1; n >= 0; --n) {
-      const uint32_t h = refinement[n];
-      const int bit = state & 1, from = (state >> 1) | int(h >> state & 1u) << 2, subset = trellis_subset(from, bit);
-      path |= uint32_t(bit) << n;
-      subsets |= uint32_t(subset) << 2 * n;
-      refinement[n] = ((h >> 8) + 3u - uint32_t(subset)) >> 2;
-      state = from;
+    KAKEYA_ROLLED
+    for (int q = 3; q >= 0; --q) {
+      Quarter<D, K> in;
+      in.place(s, group, lane, u, q);
+      uint32_t history[4], bytes = 0;
+      KAKEYA_UNROLL
+      for (int c = 0; c < 4; ++c) history[c] = float_bits(s.rows[in.at[c]]);
+      KAKEYA_UNROLL
+      for (int c = 3; c >= 0; --c) {
+        const uint32_t h = history[c];
+        const int bit = state & 1, from = (state >> 1) | int(h >> state & 1u) << 2, subset = trellis_subset(from, bit);
+        path = path << 1 | uint32_t(bit);
+        subsets = subsets << 2 | uint32_t(subset);
+        bytes = bytes << 8 | ((h >> 8) + 3u - uint32_t(subset)) >> 2;
+        state = from;
+      }
+      refinement.push_front(bytes);
     }
     // Bit n of a lane's path bits is that of code n.
     store_u16(out + 2 * lane, path);
-    if (w > 1) store_codes(w - 1, out + unit_bytes(1), lane, [&](int n) { return refinement[n]; });
+    if (w > 1) store_codes(w - 1, out + unit_bytes(1), lane, refinement);
     // The codes of exact tokens are those of zero: below it lie 2^w - 2 of 2^(w+1) - 4 thresholds.
     if (exact) {
       const Quad *zero = s.tables.points + window_start(w) + (1 << w) - 2;
@@ -850,11 +933,11 @@ KAKEYA_HD void seal_begin(const SealJob &job, SealState<D> &s, const Load &load,
   run([&](int t) { seal_centre(job, s, t); });
   if (!s.calibrated) {
     for (int square = 0; square < 2; ++square) {
-      run([&](int t) { seal_moment_sums(job, s, t, square); });
+      run([&](int t) { seal_moment_sums(s, t, square); });
       run([&](int t) { seal_moments(s, t, square); });
     }
   }
-  run([&](int t) { seal_score_sums(job, s, t); });
+  run([&](int t) { seal_score_sums(s, t); });
   run([&](int t) { seal_scores(s, t); });
   run([&](int t) { seal_choose(s, t); });
 }
@@ -862,9 +945,9 @@ KAKEYA_HD void seal_begin(const SealJob &job, SealState<D> &s, const Load &load,
 template <int D, bool K, typename Run>
 KAKEYA_HD void seal_end(const SealJob &job, SealState<D> &s, Run run) {
   run([&](int t) { seal_mark(job, s, t); });
-  run([&](int t) { seal_mean_sums<D, K>(job, s, t); });
+  run([&](int t) { seal_mean_sums<D, K>(s, t); });
   run([&](int t) { seal_means(s, t); });
-  run([&](int t) { seal_residual<D, K>(job, s, t); });
+  run([&](int t) { seal_residual<D, K>(s, t); });
   run([&](int t) { seal_scales(job, s, t); });
   run([&](int t) { seal_exact<D, K>(s, t); });
   run([&](int t) { seal_codes<D, K>(job, s, t); });

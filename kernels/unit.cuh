@@ -16,10 +16,12 @@
 #define KAKEYA_HD __host__ __device__ __forceinline__
 #define KAKEYA_UNROLL _Pragma("unroll")
 #define KAKEYA_UNROLL_4 _Pragma("unroll 4")
+#define KAKEYA_ROLLED _Pragma("unroll 1")
 #else
 #define KAKEYA_HD inline
 #define KAKEYA_UNROLL
 #define KAKEYA_UNROLL_4
+#define KAKEYA_ROLLED
 #endif
 
 namespace kakeya {

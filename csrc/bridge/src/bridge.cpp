@@ -1,6 +1,7 @@
 #include "bridge.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -102,6 +103,9 @@ struct HostRows {
     return raw;
   }
   void widen(const Raw &raw, float *x) const { std::copy_n(raw.x, 8, x); }
+  bool refused(const Raw &raw) const {
+    return std::any_of(raw.x, raw.x + 8, [](float x) { return !(std::abs(x) <= kMaxAbs); });
+  }
 };
 
 void require(bool ok, const char *what) {
@@ -143,7 +147,8 @@ bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uin
     const auto run = [](auto phase) {
       for (int thread = 0; thread < kSealThreads; ++thread) phase(thread);
     };
-    for (SealState<D> &s : states) run([&](int thread) { seal_setup(t, s, thread); });
+    run([&](int thread) { seal_setup<D, true>(t, states[0], thread); });
+    run([&](int thread) { seal_setup<D, false>(t, states[1], thread); });
     seal_begin<D, true>(job, states[0], HostRows{k.data(), D}, run);
     seal_begin<D, false>(job, states[1], HostRows{v.data(), D}, run);
     sealed = !states[0].bad[0] && !states[1].bad[0];
