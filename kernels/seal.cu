@@ -30,6 +30,42 @@ struct Rows {
   __device__ __forceinline__ bool refused(const Eight<T> &raw) const { return refused8(raw); }
 };
 
+// One stream of a (task, head): where it comes from.
+template <typename T>
+struct Source {
+  SealTask task;
+  int head;
+  Rows<T> rows;
+};
+
+template <typename T, int D, bool K>
+__device__ __forceinline__ Source<T> source(const SealParams &p, int index) {
+  Source<T> s;
+  s.head = index % p.num_kv_heads;
+  s.task = reinterpret_cast<const SealTask *>(p.plan + 4)[index / p.num_kv_heads];
+  const T *rows = static_cast<const T *>(K ? p.k : p.v), *open = static_cast<const T *>(p.open_blocks);
+  const int64_t token_stride = K ? p.k_token_stride : p.v_token_stride;
+  const int64_t head_stride = K ? p.k_head_stride : p.v_head_stride;
+  if (s.task.first_row >= 0) {
+    s.rows = {rows + s.task.first_row * token_stride + s.head * head_stride, token_stride,
+              aligned_rows(rows, token_stride, head_stride)};
+  } else {
+    const int64_t at = (int64_t(s.task.slot) * 2 + (K ? 0 : 1)) * p.num_kv_heads + s.head;
+    s.rows = {s.task.slot >= 0 ? open + at * kBlock * D : nullptr, D, true};
+  }
+  return s;
+}
+
+// Brings rows near while something else is done.
+template <typename T, int D>
+__device__ __forceinline__ void prefetch(const Rows<T> &rows) {
+  constexpr int lines = (D * int(sizeof(T)) + 127) / 128;
+  if (!rows.first) return;
+  KAKEYA_ROLLED
+  for (int e = int(threadIdx.x); e < kBlock * lines; e += kSealThreads)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(rows.first + e / lines * rows.stride + e % lines * 64));
+}
+
 template <typename T, int D, bool K>
 __device__ __forceinline__ void seal_stream(const SealParams &p, int tasks, SealState<D> &s, Message *inbox) {
   const auto run = [](auto phase) {
@@ -38,30 +74,25 @@ __device__ __forceinline__ void seal_stream(const SealParams &p, int tasks, Seal
   };
   auto cluster = cooperative_groups::this_cluster();
   Message *outbox = cluster.map_shared_rank(inbox, K ? 1 : 0);
+  const int clusters = int(gridDim.x) / 2, all = tasks * p.num_kv_heads, first = int(blockIdx.x) / 2;
+  if (first >= all) return;  // both thread blocks of a cluster
+  Source<T> next = source<T, D, K>(p, first);
+  prefetch<T, D>(next.rows);
   seal_setup<D, K>(*p.tables, s, int(threadIdx.x));
-  __syncthreads();
-  const T *rows = static_cast<const T *>(K ? p.k : p.v), *open = static_cast<const T *>(p.open_blocks);
-  const int64_t token_stride = K ? p.k_token_stride : p.v_token_stride;
-  const int64_t head_stride = K ? p.k_head_stride : p.v_head_stride;
-  const bool aligned = aligned_rows(rows, token_stride, head_stride);
-  const int clusters = int(gridDim.x) / 2, all = tasks * p.num_kv_heads;
+  // No message may arrive before its reader runs.
+  cluster.sync();
   int parity = 0;
-  for (int e = int(blockIdx.x) / 2; e < all; e += clusters) {
-    const int head = e % p.num_kv_heads;
-    const SealTask task = reinterpret_cast<const SealTask *>(p.plan + 4)[e / p.num_kv_heads];
-    uint8_t *page = p.pages + task.block * p.page_block_stride + head * p.page_head_stride;
-    const SealJob job = {p.tables, p.layer, p.first_head + head, task.block_index, parity, page};
-    Rows<T> source;
-    if (task.first_row >= 0) {
-      source = {rows + task.first_row * token_stride + head * head_stride, token_stride, aligned};
-    } else if (task.slot >= 0) {
-      const int64_t at = (int64_t(task.slot) * 2 + (K ? 0 : 1)) * p.num_kv_heads + head;
-      source = {open + at * kBlock * D, D, true};
-    } else {  // both thread blocks see it
+  for (int e = first; e < all; e += clusters) {
+    const Source<T> now = next;
+    if (e + clusters < all) next = source<T, D, K>(p, e + clusters);
+    if (!now.rows.first) {  // both thread blocks see it
       if (K && threadIdx.x == 0) atomicOr(p.status, uint32_t(kSealNoOpenBlock));
       continue;
     }
-    seal_begin<D, K>(job, s, source, run);
+    uint8_t *page = p.pages + now.task.block * p.page_block_stride + now.head * p.page_head_stride;
+    const SealJob job = {p.tables, p.layer, p.first_head + now.head, now.task.block_index, parity, page};
+    seal_begin<D, K>(job, s, now.rows, run);
+    if (e + clusters < all) prefetch<T, D>(next.rows);
     if (threadIdx.x == 0) {
       uint64_t tokens;
       memcpy(&tokens, s.tokens, sizeof tokens);
@@ -91,8 +122,6 @@ __device__ __forceinline__ void seal(const SealParams &p) {
   __shared__ Message inbox[2];
   const int tasks = p.plan[0];
   if (tasks == 0) return;
-  // No message may arrive before its reader runs.
-  cooperative_groups::this_cluster().sync();
   with_head_dim(p.tables->head_dim, [&](auto unit) {
     constexpr int D = decltype(unit)::head_dim;
     SealState<D> &s = *reinterpret_cast<SealState<D> *>(shared);

@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(kPlanThreads) kakeya_plan(PlanParam
 namespace {
 
 // Eight elements a thread and turn; both element types have two bytes.
-__device__ void append(const AppendParams &p) {
+__device__ __forceinline__ void append(const AppendParams &p) {
   const int chunks = p.head_dim / 8, row = p.num_kv_heads * chunks;
   const int64_t all = int64_t(p.num_tokens) * 2 * row;
   const uint16_t *sources[2] = {static_cast<const uint16_t *>(p.k), static_cast<const uint16_t *>(p.v)};
