@@ -1,6 +1,6 @@
 // The attention kernels: head_dim x quantiser x query rows a pass. Grid: x any number of blocks (as many as fit on the
 // device at once), y passes of kRows rows over the largest number of rows of a sequence. Dynamic shared memory:
-// AttendShared::kStages + stages * page_bytes, with 4 to 8 stages.
+// AttendShared::kStages + stages * (page_bytes + 8 * pairs), with 5 to 8 stages.
 #include "attend.cuh"
 
 namespace kakeya {

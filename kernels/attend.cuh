@@ -1,7 +1,7 @@
 // Decode attention over sealed pages and open blocks: up to kMaxRows query rows of a KV head in one pass.
 //
 // A thread block walks a range of (sequence, KV head, block) units, all ranges equally long; warps split a page by unit
-// of channels and half of its tokens. A page goes through three phases between two barriers:
+// of channels and half of its tokens. Two pages at a time, a round, go through three phases between two barriers:
 //
 //   scores   warp (u, h): the codes of K unit u for tokens 64h .. 64h + 63, 4 matrix products of 16 tokens each, plus
 //            its share of the mean's product with the table of in-block offsets; partial scores to shared memory
@@ -11,7 +11,7 @@
 //            by its block scales, and its products with the block means
 //   values   warp (u, h): V unit kUnits - 1 - u for the same half of tokens
 //
-// The unit of a warp has one width for as long as the head stays, so the loop over codes branches once a page and no
+// The unit of a warp has one width for as long as the head stays, so the loop over codes branches once a round and no
 // list of widths has to be known at compile time. Codes are never rotated or scaled: block scales ride in the query and
 // in the page's own accumulators.
 //
@@ -63,20 +63,23 @@ template <int D, int ROWS>
 struct AttendShared {
   using S = AttendShape<D>;
   using R = AttendRows<ROWS>;
-  static constexpr int kScores = 0;  // f32 [tile][unit][128][kScoreColumns]
-  static constexpr int kQuery = kScores + R::kTiles * S::kUnits * kBlock * R::kScoreColumns * 4;  // 2 x f16 [tile][unit][lane][..]
+  static constexpr int kScores = 0;  // 2 x f32 [tile][unit][128][kScoreColumns]
+  static constexpr int kScoreBytes = R::kTiles * S::kUnits * kBlock * R::kScoreColumns * 4;
+  static constexpr int kQuery = kScores + 2 * kScoreBytes;  // 2 x f16 [tile][unit][lane][..]
   static constexpr int kQueryBytes = R::kTiles * D * 8 * 2;
   static constexpr int kMean = kQuery + 2 * kQueryBytes;  // 2 x f16 [tile][unit][lane][..]
   static constexpr int kMeanBytes = R::kMeanTiles * D * 8 * 2;
-  static constexpr int kProb = kMean + 2 * kMeanBytes;  // f16 [tile][128][8]
-  static constexpr int kProbBytes = kBlock * 8 * 2;
-  static constexpr int kValue = kProb + R::kMeanTiles * kProbBytes;  // 2 x {scale, offset} f32 [D], code order
-  static constexpr int kFactors = kValue + 2 * D * 8;                // f32 [256]
-  static constexpr int kRawQuery = kFactors + 256 * 4;               // element [tile][unit][lane][..]
-  static constexpr int kMax = kRawQuery + kQueryBytes;               // f32 [warp][16]
-  static constexpr int kBarriers = kMax + S::kWarps * 16 * 4;        // u64 [16]
+  static constexpr int kProb = kMean + 2 * kMeanBytes;  // 2 x f16 [tile][128][8]
+  static constexpr int kTileProbBytes = kBlock * 8 * 2;
+  static constexpr int kProbBytes = R::kMeanTiles * kTileProbBytes;
+  static constexpr int kValue = kProb + 2 * kProbBytes;   // 4 x {scale, offset} f32 [D], code order
+  static constexpr int kFactors = kValue + 4 * D * 8;     // f32 [256]
+  static constexpr int kRawQuery = kFactors + 256 * 4;    // element [tile][unit][lane][..]
+  static constexpr int kMax = kRawQuery + kQueryBytes;    // f32 [warp][16]
+  static constexpr int kBarriers = kMax + S::kWarps * 16 * 4;  // u64 [16]
   static constexpr int kFlag = kBarriers + 128;
   static constexpr int kFetch = kFlag + 16;  // AttendFetch
+  // Stages: a page, then the cosines and sines of the turn to its centre.
   static constexpr int kStages = kFlag + 128;
 };
 
@@ -196,6 +199,11 @@ KAKEYA_D uint32_t half_fma(uint32_t a, uint32_t b, uint32_t c) {
 KAKEYA_D float clamp_half(float x) {
   return fminf(fmaxf(x, -kHalfMax), kHalfMax);
 }
+// The same value, of which the compiler knows nothing: it keeps it instead of computing it again and again.
+KAKEYA_D uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 // Lane of this thread; volatile, so that the compiler keeps it instead of computing it again and again.
 KAKEYA_D int lane_index() {
   uint32_t x;
@@ -226,10 +234,20 @@ KAKEYA_D void barrier_wait(uint32_t bar, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
-KAKEYA_D void bulk_load(uint32_t dst, const uint8_t *src, uint32_t bytes, uint32_t bar) {
-  uint64_t policy;  // pages are read once: they should not push other data out of L2
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+KAKEYA_D void barrier_expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+// `once`: the source is read once and should not push other data out of L2.
+KAKEYA_D void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t bar, bool once) {
+  if (!once) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src),
+        "r"(bytes), "r"(bar)
+        : "memory");
+    return;
+  }
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           dst),
@@ -407,7 +425,8 @@ struct AttendCursor {
 struct AttendFetch {
   AttendCursor cursor;
   int stage;
-  int64_t at;
+  int left;  // pages of the cursor's item in this block's range, the next one included
+  int at;
   const uint8_t *page;  // none: nothing is left
 };
 
@@ -436,11 +455,13 @@ struct Attend {
   const int thread, lane, warp, g, t4, unit, half;
   const uint32_t shared;
   const int *cumulative;
-  int64_t begin, end;
+  int begin, end;
   const int chunk_row;
-  const uint32_t stage_bytes;
+  const uint32_t page_bytes;
   const int stages, pairs;
   const bool calibrated;
+  const uint32_t stage_bytes, turn_bytes;
+  const uint32_t my_regs;  // byte of this lane's registers of its warp's unit
 #if KAKEYA_BULK
   AttendFetch &fetch;  // thread 0 alone reads and writes it: shared memory costs the others no registers
 #else
@@ -458,7 +479,7 @@ struct Attend {
   int stat_index;
   uint32_t query_at, other_at;  // (a, b), (mean, value): two places each
   float qa[R::kPerThread], qb[R::kPerThread];
-  float next_cos, next_sin;
+  uint32_t k_slot, v_slot;  // this lane's slot bytes in a page; of two slots, 16 bits each
 
   uint32_t table[4][S::kTiles][4];
 
@@ -481,10 +502,13 @@ struct Attend {
         shared(shared_address(memory)),
         cumulative(p.plan + plan_cumulative(p.max_tasks)),
         chunk_row(int(blockIdx.y) * ROWS),
-        stage_bytes(t.page_bytes),
+        page_bytes(t.page_bytes),
         stages(int(stages)),
         pairs(int(t.pairs)),
-        calibrated(t.calibrated != 0)
+        calibrated(t.calibrated != 0),
+        stage_bytes(page_bytes + 8 * t.pairs),
+        turn_bytes(4 * t.pairs),
+        my_regs(opaque((unit * 32 + register_slot(g, t4)) * kRegs * 4))
 #if KAKEYA_BULK
         ,
         fetch(*reinterpret_cast<AttendFetch *>(memory + M::kFetch))
@@ -502,11 +526,11 @@ struct Attend {
   }
 
   // The unit at place `at` of the list.
-  KAKEYA_D AttendCursor seek(int64_t at) const {
+  KAKEYA_D AttendCursor seek(int at) const {
     int lo = 0, hi = p.num_seqs - 1;  // last sequence that begins at or before `at`
     while (lo < hi) {
       const int mid = (lo + hi + 1) / 2;
-      if (int64_t(cumulative[mid]) * p.num_kv_heads <= at)
+      if (cumulative[mid] * p.num_kv_heads <= at)
         lo = mid;
       else
         hi = mid - 1;
@@ -514,7 +538,7 @@ struct Attend {
     AttendCursor c;
     c.sequence = lo;
     c.units = cumulative[lo + 1] - cumulative[lo];
-    const int local = int(at - int64_t(cumulative[lo]) * p.num_kv_heads);
+    const int local = at - cumulative[lo] * p.num_kv_heads;
     c.head = c.units ? local / c.units : 0;
     c.unit = local - c.head * c.units;
     c.pages = pages_of(lo);
@@ -526,30 +550,23 @@ struct Attend {
   KAKEYA_D void fetch_begin() {
     fetch.stage = 0;
     fetch.at = begin;
-    fetch.cursor = seek(begin);
-    fetch_resolve();
+    fetch_item();
   }
-  // Goes on to the next sealed page from the cursor's own place, and looks up where it is.
-  KAKEYA_D void fetch_resolve() {
-    while (fetch.cursor.unit >= fetch.cursor.pages || rows_of(fetch.cursor.sequence) <= chunk_row) {
-      fetch.at += fetch.cursor.units - fetch.cursor.unit;
-      if (fetch.at >= end) {
-        fetch.page = nullptr;
-        return;
-      }
+  // Goes to the next item with a sealed page in this block's range, from place fetch.at on.
+  KAKEYA_D void fetch_item() {
+    while (fetch.at < end) {
       fetch.cursor = seek(fetch.at);
+      const AttendCursor &c = fetch.cursor;
+      fetch.left = min(end - fetch.at, c.pages - c.unit);
+      if (fetch.left > 0 && rows_of(c.sequence) > chunk_row) return fetch_resolve();
+      fetch.at += c.units - c.unit;
     }
+    fetch.page = nullptr;
+  }
+  KAKEYA_D void fetch_resolve() {
     const AttendCursor &c = fetch.cursor;
     const int block = __ldg(p.block_table + c.sequence * p.block_table_stride + c.unit);
     fetch.page = p.pages + block * p.page_block_stride + c.head * p.page_head_stride;
-  }
-  KAKEYA_D void fetch_next() {
-    if (++fetch.at >= end) {
-      fetch.page = nullptr;
-      return;
-    }
-    if (++fetch.cursor.unit == fetch.cursor.units) fetch.cursor = seek(fetch.at);
-    fetch_resolve();
   }
   KAKEYA_D uint32_t stage_at(int stage) const {
     return shared + M::kStages + stage * stage_bytes;
@@ -558,25 +575,48 @@ struct Attend {
   KAKEYA_D void fetch_page() {
     if (fetch.page) {
       const uint32_t dst = stage_at(fetch.stage);
+      const float *cos = t.at<float>(t.centre_cos) + fetch.cursor.unit * pairs;
+      const float *sin = t.at<float>(t.centre_sin) + fetch.cursor.unit * pairs;
 #if KAKEYA_BULK
-      bulk_load(dst, fetch.page, stage_bytes, shared + M::kBarriers + 8 * fetch.stage);
+      const uint32_t bar = shared + M::kBarriers + 8 * fetch.stage;
+      barrier_expect(bar, stage_bytes);
+      bulk_load(dst, fetch.page, page_bytes, bar, true);
+      if (pairs) {
+        bulk_load(dst + page_bytes, cos, turn_bytes, bar, false);
+        bulk_load(dst + page_bytes + turn_bytes, sin, turn_bytes, bar, false);
+      }
 #else
-      for (uint32_t i = 16 * thread; i < stage_bytes; i += 16 * S::kThreads)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst + i), "l"(fetch.page + i) : "memory");
+      copy_async(dst, fetch.page, page_bytes);
+      copy_async(dst + page_bytes, cos, turn_bytes);
+      copy_async(dst + page_bytes + turn_bytes, sin, turn_bytes);
 #endif
       if (++fetch.stage == stages) fetch.stage = 0;
-      fetch_next();
+      ++fetch.at;
+      if (--fetch.left > 0) {
+        ++fetch.cursor.unit;
+        fetch_resolve();
+      } else {
+        fetch.at += fetch.cursor.units - fetch.cursor.unit - 1;
+        fetch_item();
+      }
     }
 #if !KAKEYA_BULK
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
   }
+#if !KAKEYA_BULK
+  KAKEYA_D void copy_async(uint32_t dst, const void *src, uint32_t bytes) const {
+    for (uint32_t i = 16 * thread; i < bytes; i += 16 * S::kThreads)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst + i), "l"(static_cast<const uint8_t *>(src) + i)
+                   : "memory");
+  }
+#endif
   // Waits until a page is there. Before sm_90 a barrier must follow.
   KAKEYA_D void await_page(int stage, uint32_t parity) const {
 #if KAKEYA_BULK
     barrier_wait(shared + M::kBarriers + 8 * stage, parity);
 #else
-    // Groups complete in order; one ahead of the page may still be under way.
+    // Groups complete in order; those ahead of the next round may still be under way.
     asm volatile("cp.async.wait_group 1;" ::: "memory");
 #endif
   }
@@ -652,6 +692,9 @@ struct Attend {
     v_width = h.v.widths[vu];
     v_unit += v_start + half * S::kGroups * v_stride;
     k_undo = v_undo = 1.0f;
+    const uint32_t last_slot = num_slots ? num_slots - 1 : 0;
+    k_slot = min(uint32_t(g), last_slot);
+    v_slot = min(2u * t4, last_slot) | min(2u * t4 + 1, last_slot) << 16;
     if constexpr (Q == kUniform) {
       if (k_width) k_undo = power2(k_width - 1) / grid_alpha(k_width);
       if (v_width) v_undo = power2(v_width - 1) / grid_alpha(v_width);
@@ -686,6 +729,21 @@ struct Attend {
           stat_zero = -0.5f * float((1 << w) - 1) * power2(bit - 24);
         }
       }
+      // What a page's statistics can make of it: the largest factors and means there are.
+      float largest_scale, largest_mean;
+      if (calibrated) {
+        largest_scale = fabsf(stat_scale) * t.at<float>(t.factors)[t.scale_codes - 1];
+        largest_mean = fabsf(stat_mean) + 32.0f * fabsf(stat_step);
+        stat_mean -= 32.0f * stat_step;
+      } else {
+        largest_scale = fabsf(stat_scale) * t.at<float>(t.factors)[t.scale_codes - 1];
+        largest_mean = fabsf(stat_mean) + 65504.0f;
+      }
+      const int first = lane & ~3;
+      largest_scale = fmaxf(__shfl_sync(~0u, largest_scale, first), __shfl_sync(~0u, largest_scale, first + 1));
+      largest_mean = fmaxf(__shfl_sync(~0u, largest_mean, first), __shfl_sync(~0u, largest_mean, first + 1));
+      // |a|, |b| <= norm <= limit keeps every fp16 register finite. A query beyond it would need scores of thousands.
+      const float limit = kHalfMax / fmaxf(largest_scale, 2.0f * kMeanScale * largest_mean);
       const int column = R::kSplit ? 2 * role : role;
       query_at = query_place(h.k.position[pair.x], column) | query_place(h.k.position[pair.y], column) << 16;
       other_at = mean_place(f, column) | uint32_t(position * 8) << 16;
@@ -702,6 +760,8 @@ struct Attend {
                              int64_t(c.head * p.group + row % p.group) * p.q_head_stride;
           qa[e] = scale * load_element(p.q, at + natural[pair.x]);
           qb[e] = scale * load_element(p.q, at + natural[pair.y]);
+          const float norm = fabsf(qa[e]) + fabsf(qb[e]);
+          if (norm > limit) qa[e] *= limit / norm, qb[e] *= limit / norm;
         }
       }
     }
@@ -723,17 +783,6 @@ struct Attend {
     return S::kUnits - 1 - unit;
   }
 
-  // cos and sin of the turn to block n's centre, for the pair of this thread.
-  KAKEYA_D void load_turn(int n) {
-    next_cos = 1.0f;
-    next_sin = 0.0f;
-    if (thread < 2 * D && thread >> 2 < pairs) {
-      const int at = n * pairs + (thread >> 2);
-      next_cos = __ldg(t.at<float>(t.centre_cos) + at);
-      next_sin = __ldg(t.at<float>(t.centre_sin) + at);
-    }
-  }
-
   // Two values as fp16: stored in one register `a`, or in two of 16 bits `a` and `b`; returns what fp16 left over.
   static KAKEYA_D float2 store_pair(uint32_t a, float x, float y) {
     const uint32_t h = pack_half(x, y);
@@ -747,44 +796,49 @@ struct Attend {
     return make_float2(x - half_low(h), y - half_high(h));
   }
 
-  // Prepares the page at shared address `at`: reads its statistics, writes query, mean and value registers of buffer
-  // `buffer`. Threads in fours share a channel pair of K and two channels of V; each of the four also has its rows.
-  KAKEYA_D void prepare(uint32_t at, uint32_t buffer) {
-    if (thread >= 2 * D) return;
+  // Prepares the page at shared address `at`: reads its statistics, writes query and mean registers of buffer `j`, and
+  // value registers of buffer `value`. Threads in fours share a channel pair of K and two channels of V; each of the four also has its rows.
+  KAKEYA_D void prepare(uint32_t at, int j, uint32_t value) {
+    if (2 * D < S::kThreads && thread >= 2 * D) return;
     const uint32_t s = at + side;
     const int i = stat_index;
+    float cos = 1.0f, sin = 0.0f;
+    const int f = thread >> 2;
+    if (2 * pairs == D || f < pairs) {
+      cos = lds_f32(at + page_bytes + 4 * f);
+      sin = lds_f32(at + page_bytes + turn_bytes + 4 * f);
+    }
     float scale, mean;
     if (calibrated) {
       const uint32_t code = lds_u8(s + (i >> 1)) >> 4 * (i & 1) & 15u;
       const uint32_t low = lds_u8(s + D + (i >> 1)) >> 4 * (i & 1) & 15u;
       const uint32_t high = lds_u8(s + 2 * D + (i >> 2)) >> 2 * (i & 3) & 3u;
       scale = lds_f32(shared + M::kFactors + 4 * code);
-      mean = float(int(low | high << 4) - 32) * stat_step;
+      mean = float(int(low | high << 4)) * stat_step;  // 32 steps less: in stat_mean
     } else {
       scale = lds_f32(shared + M::kFactors + 4 * lds_u8(s + i));
       mean = half_low(lds_u16(s + 2 * D + 2 * i));
     }
     scale *= stat_scale;
     const float base = stat_mean + mean;
-    if (thread & 2) sts_f32x2(shared + M::kValue + buffer * (D * 8) + (other_at >> 16), scale, base + scale * stat_zero);
+    if (thread & 2) sts_f32x2(shared + M::kValue + value * (D * 8) + (other_at >> 16), scale, base + scale * stat_zero);
     const int first = lane & ~3;
     const float scale_a = __shfl_sync(~0u, scale, first), scale_b = __shfl_sync(~0u, scale, first + 1);
     const float base_a = __shfl_sync(~0u, base, first), base_b = __shfl_sync(~0u, base, first + 1);
-    const uint32_t query = shared + M::kQuery + buffer * M::kQueryBytes;
-    const uint32_t means = shared + M::kMean + buffer * M::kMeanBytes;
+    const uint32_t query = shared + M::kQuery + j * M::kQueryBytes;
+    const uint32_t means = shared + M::kMean + j * M::kMeanBytes;
     KAKEYA_UNROLL
     for (int e = 0; e < R::kPerThread; ++e) {
-      const float a = qa[e] * next_cos + qb[e] * next_sin, b = qb[e] * next_cos - qa[e] * next_sin;
+      const float a = qa[e] * cos + qb[e] * sin, b = qb[e] * cos - qa[e] * sin;
       // Row role + 4 e stands in column (role + 4 e) % 8 of tile e / 2.
       uint32_t at_a = query_at & 0xffffu, at_b = query_at >> 16, at_m = other_at & 0xffffu;
       if (e % 2) at_a = four_rows_on(at_a), at_b = four_rows_on(at_b), at_m = four_rows_on(at_m);
       const uint32_t tile = (e / 2) * kTileBytes;
-      const float2 left =
-          store_two(query + tile + at_a, query + tile + at_b, clamp_half(a * scale_a), clamp_half(b * scale_b));
+      const float2 left = store_two(query + tile + at_a, query + tile + at_b, a * scale_a, b * scale_b);
       if constexpr (R::kSplit) store_two(query + (at_a ^ kLowFlip), query + (at_b ^ kLowFlip), left.x, left.y);
       // The mean turned by offset o, times the query: cos o (a m_a + b m_b) + sin o (b m_a - a m_b).
-      const float2 rest = store_pair(means + tile + at_m, clamp_half((a * base_a + b * base_b) * kMeanScale),
-                                     clamp_half((b * base_a - a * base_b) * kMeanScale));
+      const float2 rest =
+          store_pair(means + tile + at_m, (a * base_a + b * base_b) * kMeanScale, (b * base_a - a * base_b) * kMeanScale);
       const uint32_t low = R::kSplit ? at_m ^ kLowFlip : at_m + tile + NB * kTileBytes;
       sts_u32(means + low, pack_half(rest.x, rest.y));
     }
@@ -811,7 +865,7 @@ struct Attend {
 
   // This warp's unit of the registers at `base`.
   KAKEYA_D void load_regs(uint32_t (&r)[kRegs], uint32_t base) const {
-    const uint32_t a = base + (unit * 32 + register_slot(g, t4)) * kRegs * 4;
+    const uint32_t a = base + my_regs;
     if constexpr (kRegs == 4) {
       const uint4 x = lds_u128(a);
       r[0] = x.x, r[1] = x.y, r[2] = x.z, r[3] = x.w;
@@ -821,16 +875,16 @@ struct Attend {
     }
   }
 
-  KAKEYA_D uint32_t score_at(int n, int u, int token) const {
-    return shared + M::kScores + ((n * S::kUnits + u) * kBlock + token) * (R::kScoreColumns * 4);
+  KAKEYA_D uint32_t score_at(int j, int n, int u, int token) const {
+    return shared + M::kScores + j * M::kScoreBytes + ((n * S::kUnits + u) * kBlock + token) * (R::kScoreColumns * 4);
   }
 
-  KAKEYA_D void store_scores(const float (&acc)[NB][4][4]) const {
+  KAKEYA_D void store_scores(int j, const float (&acc)[NB][4][4]) const {
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n)
       KAKEYA_UNROLL
       for (int m = 0; m < 4; ++m) {
-        const uint32_t a = score_at(n, unit, 64 * half + 16 * m + g) + (R::kSplit ? 4 : 8) * t4;
+        const uint32_t a = score_at(j, n, unit, 64 * half + 16 * m + g) + (R::kSplit ? 4 : 8) * t4;
         if constexpr (R::kSplit) {
           sts_f32(a, acc[n][m][0] + acc[n][m][1]);
           sts_f32(a + 8 * 16, acc[n][m][2] + acc[n][m][3]);
@@ -843,10 +897,11 @@ struct Attend {
 
   // Partial scores of this warp's unit with width W.
   template <int W>
-  KAKEYA_D void score_unit(uint32_t page, uint32_t buffer) const {
+  KAKEYA_D void score_unit(int j, uint32_t page) const {
+    const uint32_t used = lds_u8(page + 3);
     uint32_t q[NB][kRegs];
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n) load_regs(q[n], shared + M::kQuery + buffer * M::kQueryBytes + n * kTileBytes);
+    for (int n = 0; n < NB; ++n) load_regs(q[n], shared + M::kQuery + j * M::kQueryBytes + n * kTileBytes);
     UnitWords words[S::kGroups];
     if constexpr (W > 0) {
       KAKEYA_UNROLL
@@ -855,13 +910,29 @@ struct Attend {
     }
     float acc[NB][4][4];
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n)
+    for (int n = 0; n < NB; ++n) {
+      float zero[4] = {0, 0, 0, 0};
+      if constexpr (Q == kUniform && W > 0) {
+        // The codes' zero point, (2^W - 1) / 2 of each: the same for all tokens, and where all sums begin.
+        KAKEYA_UNROLL
+        for (int i = 0; i < S::kTiles; ++i) {
+          constexpr int m = (1 << W) - 1;
+          const uint32_t z0 = both(half_constant(m, code_bit(W, 2 * i, kNarrow) - 5));
+          const uint32_t z1 = both(half_constant(m, code_bit(W, 2 * i + 1, kNarrow) - 5));
+          mma(zero, z0, z0, z1, z1, q[n][2 * i], q[n][2 * i + 1]);
+        }
+        KAKEYA_UNROLL
+        for (int k = 0; k < 4; ++k) zero[k] *= -1.0f / kScoreUnit;
+      }
       KAKEYA_UNROLL
-      for (int m = 0; m < 4; ++m) acc[n][m][0] = acc[n][m][1] = acc[n][m][2] = acc[n][m][3] = 0.0f;
+      for (int m = 0; m < 4; ++m)
+        KAKEYA_UNROLL
+        for (int k = 0; k < 4; ++k) acc[n][m][k] = zero[k];
+    }
     KAKEYA_UNROLL
     for (int n = 0; n < R::kMeanTiles; ++n) {
       uint32_t b[kRegs];
-      load_regs(b, shared + M::kMean + buffer * M::kMeanBytes + n * kTileBytes);
+      load_regs(b, shared + M::kMean + j * M::kMeanBytes + n * kTileBytes);
       KAKEYA_UNROLL
       for (int m = 0; m < 4; ++m)
         KAKEYA_UNROLL
@@ -884,49 +955,36 @@ struct Attend {
           }
         }
       }
-      if constexpr (Q == kUniform) {
-        // The codes' zero point, (2^W - 1) / 2 of each: the same for all tokens.
-        KAKEYA_UNROLL
-        for (int n = 0; n < NB; ++n) {
-          float zero[4] = {0, 0, 0, 0};
-          KAKEYA_UNROLL
-          for (int i = 0; i < S::kTiles; ++i) {
-            constexpr int m = (1 << W) - 1;
-            const uint32_t z0 = both(half_constant(m, code_bit(W, 2 * i, kNarrow) - 5));
-            const uint32_t z1 = both(half_constant(m, code_bit(W, 2 * i + 1, kNarrow) - 5));
-            mma(zero, z0, z0, z1, z1, q[n][2 * i], q[n][2 * i + 1]);
-          }
-          KAKEYA_UNROLL
-          for (int m = 0; m < 4; ++m)
-            KAKEYA_UNROLL
-            for (int k = 0; k < 4; ++k) acc[n][m][k] = fmaf(zero[k & 1], -1.0f / kScoreUnit, acc[n][m][k]);
-        }
-      }
     }
-    store_scores(acc);
-    if (num_slots) score_slots<W>(page, q);
+    store_scores(j, acc);
+    if (used) score_slots<W>(j, page, q);
   }
 
-  KAKEYA_D void scores(uint32_t page, uint32_t buffer) const {
+  template <int W>
+  KAKEYA_D void score_round(const uint32_t (&page)[2], int count) const {
+#pragma unroll 1
+    for (int j = 0; j < count; ++j) score_unit<W>(j, j ? page[1] : page[0]);
+  }
+
+  KAKEYA_D void scores(const uint32_t (&page)[2], int count) const {
     switch (k_width) {  // the same for the whole warp and for as long as the head stays
-      case 0: return score_unit<0>(page, buffer);
-      case 1: return score_unit<1>(page, buffer);
-      case 2: return score_unit<2>(page, buffer);
-      case 3: return score_unit<3>(page, buffer);
-      case 4: return score_unit<4>(page, buffer);
-      case 5: return score_unit<5>(page, buffer);
-      default: return score_unit<6>(page, buffer);
+      case 0: return score_round<0>(page, count);
+      case 1: return score_round<1>(page, count);
+      case 2: return score_round<2>(page, count);
+      case 3: return score_round<3>(page, count);
+      case 4: return score_round<4>(page, count);
+      case 5: return score_round<5>(page, count);
+      default: return score_round<6>(page, count);
     }
   }
 
   // Adds the exact slots' part to their tokens' partial scores. Row g of the product is slot g; what rows beyond the
   // last slot hold does not matter, their token byte says none.
   template <int W>
-  KAKEYA_D void score_slots(uint32_t page, const uint32_t (&q)[NB][kRegs]) const {
-    const uint32_t slot = min(uint32_t(g), num_slots - 1);
-    const uint32_t a = page + slots + slot * D + unit * S::kUnitChannels;
+  KAKEYA_D void score_slots(int j, uint32_t page, const uint32_t (&q)[NB][kRegs]) const {
+    const uint32_t a = page + slots + k_slot * D + unit * S::kUnitChannels;
     const uint32_t token = lds_u8(page + 8 + g);
-    const float scale = half_low(lds_u16(page + slots + 2 * num_slots * D + 4 * slot)) *
+    const float scale = half_low(lds_u16(page + slots + 2 * num_slots * D + 4 * k_slot)) *
                         (Q == kUniform ? k_undo * (1.0f / 16777216.0f) : 1.0f);
     uint32_t e[kRegs];
     if constexpr (kNarrow) {
@@ -949,7 +1007,7 @@ struct Attend {
       KAKEYA_UNROLL
       for (int i = 0; i < S::kTiles; ++i) mma(acc, e[2 * i], 0, e[2 * i + 1], 0, q[n][2 * i], q[n][2 * i + 1]);
       if (int(token >> 6) == half) {
-        const uint32_t s = score_at(n, unit, int(token)) + (R::kSplit ? 4 : 8) * t4;
+        const uint32_t s = score_at(j, n, unit, int(token)) + (R::kSplit ? 4 : 8) * t4;
         if constexpr (R::kSplit) {
           sts_f32(s, lds_f32(s) + (acc[0] + acc[1]) * scale);
         } else {
@@ -971,7 +1029,7 @@ struct Attend {
   }
 
   // This thread's scores in units of log2: the sum over units.
-  KAKEYA_D void gather_scores(float (&s)[kScores], float unit_scale) const {
+  KAKEYA_D void gather_scores(int j, float (&s)[kScores], float unit_scale) const {
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n) {
       float x[kSums];
@@ -979,7 +1037,7 @@ struct Attend {
       for (int i = 0; i < kSums; ++i) x[i] = 0.0f;
       KAKEYA_UNROLL
       for (int u = 0; u < S::kUnits; ++u) {
-        const uint32_t a = score_at(n, u, my_token()) + lane % kTokenLanes * kSums * 4;
+        const uint32_t a = score_at(j, n, u, my_token()) + lane % kTokenLanes * kSums * 4;
         if constexpr (kSums == 4) {
           const uint4 v = lds_u128(a);
           x[0] += __uint_as_float(v.x), x[1] += __uint_as_float(v.y);
@@ -996,16 +1054,16 @@ struct Attend {
     }
   }
 
-  KAKEYA_D uint32_t prob_at(int tile, int token) const {
-    return shared + M::kProb + tile * M::kProbBytes + token * 16;
+  KAKEYA_D uint32_t prob_at(int j, int tile, int token) const {
+    return shared + M::kProb + j * M::kProbBytes + tile * M::kTileProbBytes + token * 16;
   }
 
   // Probabilities of a page: fp16, and zeros in the columns of low parts.
-  KAKEYA_D void store_probs(const float (&s)[kScores]) const {
+  KAKEYA_D void store_probs(int j, const float (&s)[kScores]) const {
     float e[kScores];
     KAKEYA_UNROLL
     for (int i = 0; i < kScores; ++i) e[i] = exp2_fast(s[i] - peak[i]);
-    const uint32_t a = prob_at(0, my_token());
+    const uint32_t a = prob_at(j, 0, my_token());
     if constexpr (R::kSplit) {
       if constexpr (kSums == 2)
         sts_u64(a + 4 * my_row(0), pack_half(e[0], 0.0f), pack_half(e[kScores - 1], 0.0f));
@@ -1014,19 +1072,19 @@ struct Attend {
     } else {
       KAKEYA_UNROLL
       for (int i = 0; i < kScores; i += 2)
-        sts_u32(a + my_row(i) / 8 * M::kProbBytes + my_row(i) % 8 * 2, pack_half(e[i], e[i + 1]));
+        sts_u32(a + my_row(i) / 8 * M::kTileProbBytes + my_row(i) % 8 * 2, pack_half(e[i], e[i + 1]));
     }
   }
 
   // Probabilities of an open block: element type, high part and what is left, beside it or in tiles of its own.
   KAKEYA_D void store_raw_probs(const float (&s)[kScores]) const {
-    const uint32_t a = prob_at(0, my_token());
+    const uint32_t a = prob_at(0, 0, my_token());
     KAKEYA_UNROLL
     for (int i = 0; i < kScores; ++i) {
       const float e = exp2_fast(s[i] - peak[i]);
       const int row = my_row(i);
-      const uint32_t at = R::kSplit ? a + 4 * row : a + row / 8 * M::kProbBytes + row % 8 * 2;
-      const uint32_t low = R::kSplit ? 2 : NB * M::kProbBytes;
+      const uint32_t at = R::kSplit ? a + 4 * row : a + row / 8 * M::kTileProbBytes + row % 8 * 2;
+      const uint32_t low = R::kSplit ? 2 : NB * M::kTileProbBytes;
       if (is_f16()) {
         const __half h = __float2half_rn(e);
         sts_u16(at, __half_as_ushort(h));
@@ -1039,27 +1097,36 @@ struct Attend {
     }
   }
 
+  template <bool RAW, int N>
+  KAKEYA_D void store_all_probs(const float (&s)[N][kScores], int count) const {
+    if constexpr (RAW) {
+      store_raw_probs(s[0]);
+    } else {
+      KAKEYA_UNROLL
+      for (int j = 0; j < N; ++j)
+        if (j < count) store_probs(j, s[j]);
+    }
+  }
+
   // Exponentials of the gathered scores; ends with the barrier after which probabilities may be read.
-  template <bool RAW>
-  KAKEYA_D void softmax(const float (&s)[kScores]) {
+  template <bool RAW, int N>
+  KAKEYA_D void softmax(const float (&s)[N][kScores], int count) {
+    float top[kScores];  // N > 1: a missing page's scores are no larger than the first one's
     bool above = false;
     KAKEYA_UNROLL
-    for (int i = 0; i < kScores; ++i) above |= s[i] > peak[i] + kSlack;
-    if constexpr (RAW)
-      store_raw_probs(s);
-    else
-      store_probs(s);
+    for (int i = 0; i < kScores; ++i) {
+      top[i] = N == 1 ? s[0][i] : fmaxf(s[0][i], s[N - 1][i]);
+      above |= top[i] > peak[i] + kSlack;
+    }
+    store_all_probs<RAW>(s, count);
     if (__syncthreads_or(above)) {
-      raise_peak<RAW>(s);
-      if constexpr (RAW)
-        store_raw_probs(s);
-      else
-        store_probs(s);
+      raise_peak<RAW>(top);
+      store_all_probs<RAW>(s, count);
       __syncthreads();
     }
   }
 
-  // A new shared maximum for all rows; sums so far are scaled to it.
+  // A new shared maximum for all rows, from this thread's largest scores; sums so far are scaled to it.
   template <bool RAW>
   KAKEYA_D void raise_peak(const float (&s)[kScores]) {
     const uint32_t maxima = shared + M::kMax;
@@ -1097,18 +1164,19 @@ struct Attend {
 
   // ---- values ------------------------------------------------------------------------------------------------------------
 
-  KAKEYA_D void load_probs(uint32_t (&b)[8], int tile) const {
+  KAKEYA_D void load_probs(int j, uint32_t (&b)[8], int tile) const {
     uint32_t x[4];
-    load_transposed(x, prob_at(tile, 64 * half + lane));
+    load_transposed(x, prob_at(j, tile, 64 * half + lane));
     KAKEYA_UNROLL
     for (int i = 0; i < 4; ++i) b[i] = x[i];
-    load_transposed(x, prob_at(tile, 64 * half + 32 + lane));
+    load_transposed(x, prob_at(j, tile, 64 * half + 32 + lane));
     KAKEYA_UNROLL
     for (int i = 0; i < 4; ++i) b[4 + i] = x[i];
   }
 
   template <int W>
-  KAKEYA_D void value_page(uint32_t page, uint32_t buffer) {
+  KAKEYA_D void value_page(int j, uint32_t page, uint32_t buffer) {
+    const uint32_t used = half == 0 ? lds_u8(page + 3) : 0u;
     UnitWords words[S::kGroups];
     if constexpr (W > 0) {
       KAKEYA_UNROLL
@@ -1119,7 +1187,7 @@ struct Attend {
     float acc[NB][S::kTiles][4], total[NB][4];
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n) {
-      load_probs(b[n], n);
+      load_probs(j, b[n], n);
       KAKEYA_UNROLL
       for (int e = 0; e < 4; ++e) total[n][e] = 0.0f;
       KAKEYA_UNROLL
@@ -1130,7 +1198,7 @@ struct Attend {
       KAKEYA_UNROLL
       for (int i = 0; i < 4; ++i) mma(total[n], ones, ones, ones, ones, b[n][2 * i], b[n][2 * i + 1]);
     }
-    if (half == 0 && num_slots) value_slots<W>(acc, page);
+    if (used) value_slots<W>(j, acc, page);
     if constexpr (W > 0) {
       KAKEYA_UNROLL
       for (int i = 0; i < S::kGroups; ++i) {
@@ -1170,25 +1238,31 @@ struct Attend {
       for (int e = 0; e < NC; ++e) sum[n][e] += total[n][e];
   }
 
-  KAKEYA_D void values(uint32_t page, uint32_t buffer) {
+  template <int W>
+  KAKEYA_D void value_round(const uint32_t (&page)[2], uint32_t buffer, int count) {
+#pragma unroll 1
+    for (int j = 0; j < count; ++j) value_page<W>(j, j ? page[1] : page[0], buffer + j);
+  }
+
+  KAKEYA_D void values(const uint32_t (&page)[2], uint32_t buffer, int count) {
     switch (v_width) {
-      case 0: return value_page<0>(page, buffer);
-      case 1: return value_page<1>(page, buffer);
-      case 2: return value_page<2>(page, buffer);
-      case 3: return value_page<3>(page, buffer);
-      case 4: return value_page<4>(page, buffer);
-      case 5: return value_page<5>(page, buffer);
-      default: return value_page<6>(page, buffer);
+      case 0: return value_round<0>(page, buffer, count);
+      case 1: return value_round<1>(page, buffer, count);
+      case 2: return value_round<2>(page, buffer, count);
+      case 3: return value_round<3>(page, buffer, count);
+      case 4: return value_round<4>(page, buffer, count);
+      case 5: return value_round<5>(page, buffer, count);
+      default: return value_round<6>(page, buffer, count);
     }
   }
 
   // Adds the exact slots: 8 more tokens, whose probabilities are picked from the page's.
   template <int W>
-  KAKEYA_D void value_slots(float (&acc)[NB][S::kTiles][4], uint32_t page) const {
+  KAKEYA_D void value_slots(int j, float (&acc)[NB][S::kTiles][4], uint32_t page) const {
     uint32_t word[2], scale[2], token[2];
     KAKEYA_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const uint32_t slot = min(2u * t4 + i, num_slots - 1);
+      const uint32_t slot = i ? v_slot >> 16 : v_slot & 0xffffu;
       const uint32_t a = page + slots + (num_slots + slot) * D + value_unit() * S::kUnitChannels;
       word[i] = (kNarrow ? lds_u16(a + 2 * g) : lds_u32(a + 4 * g)) ^ 0x80808080u;
       scale[i] = lds_u16(page + slots + 2 * num_slots * D + 4 * slot + 2);
@@ -1203,7 +1277,7 @@ struct Attend {
     }
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n) {
-      const uint32_t p0 = lds_u16(prob_at(n, int(token[0])) + 2 * g), p1 = lds_u16(prob_at(n, int(token[1])) + 2 * g);
+      const uint32_t p0 = lds_u16(prob_at(j, n, int(token[0])) + 2 * g), p1 = lds_u16(prob_at(j, n, int(token[1])) + 2 * g);
       const uint32_t b = half_mul(p0 | p1 << 16, scale[0] | scale[1] << 16);
       KAKEYA_UNROLL
       for (int i = 0; i < S::kTiles; ++i) {
@@ -1259,20 +1333,20 @@ struct Attend {
         for (int i = 0; i < S::kTiles; ++i)
           mma_element(is_f16(), acc[n][m], a[i][0], a[i][1], a[i][2], a[i][3], q[n][2 * i], q[n][2 * i + 1]);
     }
-    store_scores(acc);
+    store_scores(0, acc);
     __syncthreads();
-    float s[kScores];
-    gather_scores(s, p.scale * 1.4426950408889634f);
+    float s[1][kScores];
+    gather_scores(0, s[0], p.scale * 1.4426950408889634f);
     KAKEYA_UNROLL
     for (int i = 0; i < kScores; ++i)
       if (index * kBlock + my_token() > history + (chunk_row + my_row(i)) / p.group || my_token() >= tokens)
-        s[i] = -INFINITY;
-    softmax<true>(s);
+        s[0][i] = -INFINITY;
+    softmax<true>(s, 1);
     // Row g of a tile is channel 2g, row g + 8 channel 2g + 1, so that a lane loads pairs of channels.
     KAKEYA_UNROLL
     for (int n = 0; n < R::kMeanTiles; ++n) {
       uint32_t b[8];
-      load_probs(b, n);
+      load_probs(0, b, n);
       float total[4] = {0, 0, 0, 0};
       const uint32_t ones = is_f16() ? 0x3c003c00u : 0x3f803f80u;
       KAKEYA_UNROLL
@@ -1310,7 +1384,7 @@ struct Attend {
 
   // Writes the segment's result: to `out` if it is all of the item, else to the workspace, where the last block to
   // arrive merges the parts.
-  KAKEYA_D void flush(const AttendCursor &c, bool whole, int64_t item_begin, int64_t item_end) {
+  KAKEYA_D void flush(const AttendCursor &c, bool whole, int item_begin, int item_end) {
     const uint32_t coded = shared + M::kScores, plain = coded + ROWS * D * 4, stats = plain + ROWS * D * 4;
     const uint16_t *order = head_view(t, p.layer, p.first_head + c.head).v.order + value_unit() * S::kUnitChannels;
     __syncthreads();
@@ -1394,7 +1468,7 @@ struct Attend {
   }
 
   // Counts this block in; the last of an item's blocks adds up all parts.
-  KAKEYA_D void merge(const AttendCursor &c, int item, int rows, int64_t records, int64_t item_begin, int64_t item_end) {
+  KAKEYA_D void merge(const AttendCursor &c, int item, int rows, int64_t records, int item_begin, int item_end) {
     const int64_t blocks = gridDim.x, total = total_units();
     // The blocks whose ranges hold the item's first and last unit.
     const int first = int(((item_begin + 1) * blocks - 1) / total), last = int((item_end * blocks - 1) / total);
@@ -1432,8 +1506,8 @@ struct Attend {
     }
   }
 
-  KAKEYA_D int64_t total_units() const {
-    return int64_t(cumulative[p.num_seqs]) * p.num_kv_heads;
+  KAKEYA_D int total_units() const {
+    return cumulative[p.num_seqs] * p.num_kv_heads;
   }
 
   // ---- all of it ---------------------------------------------------------------------------------------------------------
@@ -1455,8 +1529,8 @@ struct Attend {
 
   KAKEYA_D void run() {
     const int64_t total = total_units();
-    begin = total * blockIdx.x / gridDim.x;
-    end = total * (blockIdx.x + 1) / gridDim.x;
+    begin = int(total * blockIdx.x / gridDim.x);
+    end = int(total * (blockIdx.x + 1) / gridDim.x);
     if (begin == end) return;
     for (int i = thread; i < int(t.scale_codes); i += S::kThreads)
       sts_f32(shared + M::kFactors + 4 * i, t.at<float>(t.factors)[i]);
@@ -1465,65 +1539,75 @@ struct Attend {
       for (int i = 0; i < stages; ++i) barrier_init(shared + M::kBarriers + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       fetch_begin();
-      for (int i = 0; i + 1 < stages; ++i) fetch_page();
+      for (int i = 0; i + 2 < stages; ++i) fetch_page();
     }
     __syncthreads();
 #else
     fetch_begin();
-    for (int i = 0; i + 1 < stages; ++i) fetch_page();
+    for (int i = 0; i + 2 < stages; ++i) fetch_page();
 #endif
     load_table();
     int stage = 0;
     uint32_t parity = 0;
-    for (int64_t at = begin; at < end;) {
+    for (int at = begin; at < end;) {
       const AttendCursor c = seek(at);
-      const int count = int(min(end - at, int64_t(c.units - c.unit)));
+      const int count = min(end - at, c.units - c.unit);
       if (rows_of(c.sequence) > chunk_row) segment(c, count, at, stage, parity);
       at += count;
     }
   }
 
-  // Units [c.unit, c.unit + count) of one item. `stage` and `parity` tell where its first sealed page is, and are moved
-  // on.
-  KAKEYA_D void segment(const AttendCursor &c, int count, int64_t at, int &stage, uint32_t &parity) {
-    begin_segment(c);
-    const int pages = max(0, min(c.unit + count, c.pages) - c.unit);
-    if (pages) {
-      load_turn(c.unit);
+  // Waits for up to two pages and prepares them; leaves where they are and how many in `page` and `count`.
+  KAKEYA_D void next_round(int left, int &stage, uint32_t &parity, uint32_t buffer, uint32_t (&page)[2], int &count) {
+    count = min(left, 2);
+    KAKEYA_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      if (j >= count) break;
       await_page(stage, parity);
 #if !KAKEYA_BULK
-      __syncthreads();
+      if (j == 0) __syncthreads();
 #endif
-      prepare(stage_at(stage), 0);
+      page[j] = stage_at(stage);
+      prepare(page[j], j, buffer + j);
+      if (++stage == stages) stage = 0, parity ^= 1;
     }
+  }
+
+  // Units [c.unit, c.unit + count) of one item. `stage` and `parity` tell where its first sealed page is, and are moved
+  // on.
+  KAKEYA_D void segment(const AttendCursor &c, int count, int at, int &stage, uint32_t &parity) {
+    begin_segment(c);
+    int left = max(0, int(opaque(min(c.unit + count, c.pages) - c.unit)));
+    uint32_t buffer = 0, page[2] = {0, 0};
+    int pages = 0;
+    if (left) next_round(left, stage, parity, buffer, page, pages);
     if (c.unit + count > c.pages) prepare_raw(c);
     __syncthreads();
-    for (int i = 0; i < pages; ++i) {
-      const uint32_t here = stage_at(stage), buffer = i & 1;
-      const bool more = i + 1 < pages;
-      if (more) load_turn(c.unit + i + 1);
-      if (++stage == stages) stage = 0, parity ^= 1;
-      scores(here, buffer);
-#if !KAKEYA_BULK
-      if (more) await_page(stage, parity);
-#endif
+    while (pages) {
+      scores(page, pages);
       __syncthreads();
-      // All warps are done with the page before: its stage takes the next transfer.
+      // All warps are done with the round before: its stages take the next transfers.
 #if KAKEYA_BULK
-      if (thread == 0) fetch_page();
+      if (thread == 0)
+        for (int j = 0; j < pages; ++j) fetch_page();
 #else
-      fetch_page();
+      for (int j = 0; j < pages; ++j) fetch_page();
 #endif
-      float s[kScores];
-      gather_scores(s, kScoreUnit);
-      if (more) {
-#if KAKEYA_BULK
-        await_page(stage, parity);
-#endif
-        prepare(stage_at(stage), buffer ^ 1);
+      float s[2][kScores];
+      gather_scores(0, s[0], kScoreUnit);
+      if (pages == 2) {
+        gather_scores(1, s[1], kScoreUnit);
+      } else {
+        KAKEYA_UNROLL
+        for (int i = 0; i < kScores; ++i) s[1][i] = s[0][i];
       }
-      softmax<false>(s);
-      values(here, buffer);
+      const uint32_t now[2] = {page[0], page[1]};
+      const int count_now = pages;
+      left -= pages;
+      next_round(left, stage, parity, buffer ^ 2, page, pages);
+      softmax<false>(s, count_now);
+      values(now, buffer, count_now);
+      buffer ^= 2;
     }
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n)
@@ -1535,7 +1619,7 @@ struct Attend {
       __syncthreads();
       open_block(c, u);
     }
-    const int64_t item_begin = at - c.unit;
+    const int item_begin = at - c.unit;
     flush(c, count == c.units, item_begin, item_begin + c.units);
   }
 };

@@ -124,20 +124,21 @@ static int num_sms() {
 }
 
 // Shared memory of an SM that blocks may use, less what the driver keeps of each.
-static int stages_of(const Kernel &k, int page_bytes) {
+static int stages_of(const Kernel &k, int stage_bytes) {
   int total;
   CUDA(cudaDeviceGetAttribute(&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0));
   const int each = std::min(total / k.blocks_per_sm - 1024, 227 * 1024);
-  return std::min((each - k.fixed_shared) / page_bytes, 8);
+  return std::min((each - k.fixed_shared) / stage_bytes, 8);
 }
 
 struct Launch {
   Kernel k;
   int stages, shared, blocks, chunks;
-  Launch(int d, int q, int rows, int page_bytes) {
-    k = kernel_of(d, q, rows);
-    stages = stages_of(k, page_bytes);
-    shared = k.fixed_shared + stages * page_bytes;
+  Launch(const File &f, int rows) {
+    const int d = int(f.t.head_dim), stage_bytes = int(f.t.page_bytes + 8 * f.t.pairs);
+    k = kernel_of(d, f.quantizer(), rows);
+    stages = stages_of(k, stage_bytes);
+    shared = k.fixed_shared + stages * stage_bytes;
     CUDA(cudaFuncSetAttribute(k.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     blocks = num_sms() * k.blocks_per_sm;
     chunks = (rows + k.rows - 1) / k.rows;
@@ -230,7 +231,7 @@ static double check(const File &f, const std::vector<Sequence> &seqs, int group,
           for (int c = 0; c < d; ++c) pool[((size_t(slot) * 2 * heads + i) * kBlock + j) * d + c] = 0x7fc0;
     }
 
-  const Launch launch(d, f.quantizer(), most * group, int(f.t.page_bytes));
+  const Launch launch(f, most * group);
   std::vector<int> plan(plan_size(n, 0), 0);
   plan[1] = cumulative.back();
   std::copy(cumulative.begin(), cumulative.end(), plan.begin() + plan_cumulative(0));
@@ -402,7 +403,7 @@ static void bench(const File &f, int batch, int context, int group, double copy)
   std::vector<uint16_t> q(size_t(batch) * heads * group * d), pool(size_t(batch) * 2 * heads * kBlock * d);
   for (auto &x : q) x = to_bf16(normal(random));
   for (auto &x : pool) x = to_bf16(normal(random));
-  const Launch launch(d, f.quantizer(), group, int(f.t.page_bytes));
+  const Launch launch(f, group);
   Device<uint16_t> d_q(q), d_pool(pool), d_out(q.size());
   Device<int> d_table(table), d_slot(slot), d_start(start), d_lens(lens), d_plan(plan);
   Device<float> work(launch.workspace(d, batch * heads), 0);
