@@ -36,4 +36,32 @@ KAKEYA_ATTEND_ALL(128)
 KAKEYA_ATTEND_ALL(256)
 #endif
 
+// What a launcher has to know of each (head_dim, rows), for it to read from the module: the same for all quantisers.
+//   blocks of the grid's x    blocks_per_sm x multiprocessors
+//   stages                    as many as fit (at least min_stages, at most 8 are of use) into the multiprocessor's shared
+//                             memory / blocks_per_sm - 1 KiB, each page_bytes + 8 pairs bytes, after fixed_shared
+//   workspace, floats         passes x (blocks + sequences x KV heads) x rows x (head_dim + 2)
+//   counters, int32           passes x sequences x KV heads, zero before the first launch
+struct AttendInfo {
+  int32_t head_dim, rows, threads, fixed_shared, blocks_per_sm, min_stages;
+};
+
+template <int D, int ROWS>
+constexpr AttendInfo attend_info() {
+  return {D,    ROWS, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kStages, blocks_per_sm<D, kUniform, ROWS>(),
+          AttendRows<ROWS>::kRound + 2};
+}
+
+extern "C" __device__ const AttendInfo kakeya_attend_info[] = {
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 64
+    attend_info<64, 4>(),  attend_info<64, 8>(),  attend_info<64, 16>(),
+#endif
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 128
+    attend_info<128, 4>(), attend_info<128, 8>(), attend_info<128, 16>(),
+#endif
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 256
+    attend_info<256, 4>(), attend_info<256, 8>(), attend_info<256, 16>(),
+#endif
+};
+
 }  // namespace kakeya

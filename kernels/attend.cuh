@@ -56,6 +56,7 @@ struct AttendRows {
   static constexpr int kTiles = ROWS == 16 ? 2 : 1;       // 8-column tiles of the products with codes
   static constexpr int kMeanTiles = kSplit ? 1 : 2 * kTiles;  // high parts, then low parts
   static constexpr int kPerThread = ROWS / 4;             // rows that a thread prepares
+  static constexpr int kRound = kSplit ? 2 : 1;           // pages between two barriers; more rows need more memory
 };
 
 // Shared memory, bytes from its start.
@@ -63,19 +64,19 @@ template <int D, int ROWS>
 struct AttendShared {
   using S = AttendShape<D>;
   using R = AttendRows<ROWS>;
-  static constexpr int kScores = 0;  // 2 x f32 [tile][unit][128][kScoreColumns]
+  static constexpr int kScores = 0;  // kRound x f32 [tile][unit][128][kScoreColumns]
   static constexpr int kScoreBytes = R::kTiles * S::kUnits * kBlock * R::kScoreColumns * 4;
-  static constexpr int kQuery = kScores + 2 * kScoreBytes;  // 2 x f16 [tile][unit][lane][..]
+  static constexpr int kQuery = kScores + R::kRound * kScoreBytes;  // kRound x f16 [tile][unit][lane][..]
   static constexpr int kQueryBytes = R::kTiles * D * 8 * 2;
-  static constexpr int kMean = kQuery + 2 * kQueryBytes;  // 2 x f16 [tile][unit][lane][..]
+  static constexpr int kMean = kQuery + R::kRound * kQueryBytes;  // kRound x f16 [tile][unit][lane][..]
   static constexpr int kMeanBytes = R::kMeanTiles * D * 8 * 2;
-  static constexpr int kProb = kMean + 2 * kMeanBytes;  // 2 x f16 [tile][128][8]
+  static constexpr int kProb = kMean + R::kRound * kMeanBytes;  // kRound x f16 [tile][128][8]
   static constexpr int kTileProbBytes = kBlock * 8 * 2;
   static constexpr int kProbBytes = R::kMeanTiles * kTileProbBytes;
-  static constexpr int kValue = kProb + 2 * kProbBytes;   // 4 x {scale, offset} f32 [D], code order
-  static constexpr int kFactors = kValue + 4 * D * 8;     // f32 [256]
-  static constexpr int kRawQuery = kFactors + 256 * 4;    // element [tile][unit][lane][..]
-  static constexpr int kMax = kRawQuery + kQueryBytes;    // f32 [warp][16]
+  static constexpr int kValue = kProb + R::kRound * kProbBytes;  // 2 kRound x {scale, offset} f32 [D], code order
+  static constexpr int kFactors = kValue + 2 * R::kRound * D * 8;  // f32 [256]
+  static constexpr int kMax = kFactors + 256 * 4;  // f32 [warp][16]
+  static constexpr int kRawQuery = kQuery;  // element [tile][unit][lane][..]: open blocks come after the pages
   static constexpr int kBarriers = kMax + S::kWarps * 16 * 4;  // u64 [16]
   static constexpr int kFlag = kBarriers + 128;
   static constexpr int kFetch = kFlag + 16;  // AttendFetch
@@ -445,6 +446,7 @@ struct Attend {
   static constexpr float kScoreUnit = Q == kUniform ? 1048576.0f : 1.0f;
   // The table of offsets is scaled to that: 2^-13 keeps its values exact, the coefficients take the other 2^-7.
   static constexpr float kTableScale = Q == kUniform ? 1.0f / 8192.0f : 1.0f;
+  static constexpr int kRound = R::kRound;
   static constexpr float kMeanScale = Q == kUniform ? 1.0f / 128.0f : 1.0f;
   static constexpr uint32_t kTileBytes = D * 8 * 2;
   // Registers of query and mean: from a row's high part to its low part, flip these bits of the address.
@@ -567,6 +569,10 @@ struct Attend {
     const AttendCursor &c = fetch.cursor;
     const int block = __ldg(p.block_table + c.sequence * p.block_table_stride + c.unit);
     fetch.page = p.pages + block * p.page_block_stride + c.head * p.page_head_stride;
+#if KAKEYA_BULK
+    // Its turn comes when a stage is free; until then it can be on its way to L2.
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(fetch.page), "r"(page_bytes) : "memory");
+#endif
   }
   KAKEYA_D uint32_t stage_at(int stage) const {
     return shared + M::kStages + stage * stage_bytes;
@@ -798,6 +804,7 @@ struct Attend {
 
   // Prepares the page at shared address `at`: reads its statistics, writes query and mean registers of buffer `j`, and
   // value registers of buffer `value`. Threads in fours share a channel pair of K and two channels of V; each of the four also has its rows.
+  template <bool CALIBRATED>
   KAKEYA_D void prepare(uint32_t at, int j, uint32_t value) {
     if (2 * D < S::kThreads && thread >= 2 * D) return;
     const uint32_t s = at + side;
@@ -809,7 +816,7 @@ struct Attend {
       sin = lds_f32(at + page_bytes + turn_bytes + 4 * f);
     }
     float scale, mean;
-    if (calibrated) {
+    if constexpr (CALIBRATED) {
       const uint32_t code = lds_u8(s + (i >> 1)) >> 4 * (i & 1) & 15u;
       const uint32_t low = lds_u8(s + D + (i >> 1)) >> 4 * (i & 1) & 15u;
       const uint32_t high = lds_u8(s + 2 * D + (i >> 2)) >> 2 * (i & 3) & 3u;
@@ -961,12 +968,12 @@ struct Attend {
   }
 
   template <int W>
-  KAKEYA_D void score_round(const uint32_t (&page)[2], int count) const {
+  KAKEYA_D void score_round(const uint32_t (&page)[kRound], int count) const {
 #pragma unroll 1
-    for (int j = 0; j < count; ++j) score_unit<W>(j, j ? page[1] : page[0]);
+    for (int j = 0; j < count; ++j) score_unit<W>(j, j ? page[kRound - 1] : page[0]);
   }
 
-  KAKEYA_D void scores(const uint32_t (&page)[2], int count) const {
+  KAKEYA_D void scores(const uint32_t (&page)[kRound], int count) const {
     switch (k_width) {  // the same for the whole warp and for as long as the head stays
       case 0: return score_round<0>(page, count);
       case 1: return score_round<1>(page, count);
@@ -1239,12 +1246,12 @@ struct Attend {
   }
 
   template <int W>
-  KAKEYA_D void value_round(const uint32_t (&page)[2], uint32_t buffer, int count) {
+  KAKEYA_D void value_round(const uint32_t (&page)[kRound], uint32_t buffer, int count) {
 #pragma unroll 1
-    for (int j = 0; j < count; ++j) value_page<W>(j, j ? page[1] : page[0], buffer + j);
+    for (int j = 0; j < count; ++j) value_page<W>(j, j ? page[kRound - 1] : page[0], buffer + j);
   }
 
-  KAKEYA_D void values(const uint32_t (&page)[2], uint32_t buffer, int count) {
+  KAKEYA_D void values(const uint32_t (&page)[kRound], uint32_t buffer, int count) {
     switch (v_width) {
       case 0: return value_round<0>(page, buffer, count);
       case 1: return value_round<1>(page, buffer, count);
@@ -1539,12 +1546,12 @@ struct Attend {
       for (int i = 0; i < stages; ++i) barrier_init(shared + M::kBarriers + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       fetch_begin();
-      for (int i = 0; i + 2 < stages; ++i) fetch_page();
+      for (int i = 0; i + kRound < stages; ++i) fetch_page();
     }
     __syncthreads();
 #else
     fetch_begin();
-    for (int i = 0; i + 2 < stages; ++i) fetch_page();
+    for (int i = 0; i + kRound < stages; ++i) fetch_page();
 #endif
     load_table();
     int stage = 0;
@@ -1552,36 +1559,42 @@ struct Attend {
     for (int at = begin; at < end;) {
       const AttendCursor c = seek(at);
       const int count = min(end - at, c.units - c.unit);
-      if (rows_of(c.sequence) > chunk_row) segment(c, count, at, stage, parity);
+      if (rows_of(c.sequence) > chunk_row) {
+        if (calibrated)
+          segment<true>(c, count, at, stage, parity);
+        else
+          segment<false>(c, count, at, stage, parity);
+      }
       at += count;
     }
   }
 
-  // Waits for up to two pages and prepares them; leaves where they are and how many in `page` and `count`.
-  KAKEYA_D void next_round(int left, int &stage, uint32_t &parity, uint32_t buffer, uint32_t (&page)[2], int &count) {
-    count = min(left, 2);
+  // Waits for up to kRound pages and prepares them; leaves where they are and how many in `page` and `count`.
+  template <bool CALIBRATED>
+  KAKEYA_D void next_round(int left, int &stage, uint32_t &parity, uint32_t buffer, uint32_t (&page)[kRound], int &count) {
+    count = min(left, kRound);
     KAKEYA_UNROLL
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < kRound; ++j) {
       if (j >= count) break;
       await_page(stage, parity);
 #if !KAKEYA_BULK
       if (j == 0) __syncthreads();
 #endif
       page[j] = stage_at(stage);
-      prepare(page[j], j, buffer + j);
+      prepare<CALIBRATED>(page[j], j, buffer + j);
       if (++stage == stages) stage = 0, parity ^= 1;
     }
   }
 
   // Units [c.unit, c.unit + count) of one item. `stage` and `parity` tell where its first sealed page is, and are moved
   // on.
+  template <bool CALIBRATED>
   KAKEYA_D void segment(const AttendCursor &c, int count, int at, int &stage, uint32_t &parity) {
     begin_segment(c);
     int left = max(0, int(opaque(min(c.unit + count, c.pages) - c.unit)));
-    uint32_t buffer = 0, page[2] = {0, 0};
+    uint32_t buffer = 0, page[kRound] = {};
     int pages = 0;
-    if (left) next_round(left, stage, parity, buffer, page, pages);
-    if (c.unit + count > c.pages) prepare_raw(c);
+    if (left) next_round<CALIBRATED>(left, stage, parity, buffer, page, pages);
     __syncthreads();
     while (pages) {
       scores(page, pages);
@@ -1593,21 +1606,25 @@ struct Attend {
 #else
       for (int j = 0; j < pages; ++j) fetch_page();
 #endif
-      float s[2][kScores];
+      float s[kRound][kScores];
       gather_scores(0, s[0], kScoreUnit);
-      if (pages == 2) {
-        gather_scores(1, s[1], kScoreUnit);
-      } else {
-        KAKEYA_UNROLL
-        for (int i = 0; i < kScores; ++i) s[1][i] = s[0][i];
+      if constexpr (kRound == 2) {
+        if (pages == 2) {
+          gather_scores(1, s[1], kScoreUnit);
+        } else {
+          KAKEYA_UNROLL
+          for (int i = 0; i < kScores; ++i) s[1][i] = s[0][i];
+        }
       }
-      const uint32_t now[2] = {page[0], page[1]};
+      uint32_t now[kRound];
+      KAKEYA_UNROLL
+      for (int j = 0; j < kRound; ++j) now[j] = page[j];
       const int count_now = pages;
       left -= pages;
-      next_round(left, stage, parity, buffer ^ 2, page, pages);
+      next_round<CALIBRATED>(left, stage, parity, buffer ^ kRound, page, pages);
       softmax<false>(s, count_now);
       values(now, buffer, count_now);
-      buffer ^= 2;
+      buffer ^= kRound;
     }
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n)
@@ -1615,6 +1632,7 @@ struct Attend {
       for (int i = 0; i < S::kTiles; ++i)
         KAKEYA_UNROLL
         for (int e = 0; e < 4; ++e) raw[n][i][e] = 0.0f;
+    if (c.unit + count > c.pages) prepare_raw(c);
     for (int u = max(c.unit, c.pages); u < c.unit + count; ++u) {
       __syncthreads();
       open_block(c, u);

@@ -138,6 +138,10 @@ struct Launch {
     const int d = int(f.t.head_dim), stage_bytes = int(f.t.page_bytes + 8 * f.t.pairs);
     k = kernel_of(d, f.quantizer(), rows);
     stages = stages_of(k, stage_bytes);
+    if (stages < 3) {
+      fprintf(stderr, "%s, %d rows: only %d stages fit\n", f.name.c_str(), rows, stages);
+      exit(1);
+    }
     shared = k.fixed_shared + stages * stage_bytes;
     CUDA(cudaFuncSetAttribute(k.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     blocks = num_sms() * k.blocks_per_sm;
