@@ -1476,7 +1476,7 @@ struct Attend {
 
   // Counts this block in; the last of an item's blocks adds up all parts.
   KAKEYA_D void merge(const AttendCursor &c, int item, int rows, int64_t records, int item_begin, int item_end) {
-    const int64_t blocks = gridDim.x, total = total_units();
+    const int64_t blocks = working_blocks(), total = total_units();
     // The blocks whose ranges hold the item's first and last unit.
     const int first = int(((item_begin + 1) * blocks - 1) / total), last = int((item_end * blocks - 1) / total);
     __threadfence();
@@ -1516,6 +1516,10 @@ struct Attend {
   KAKEYA_D int total_units() const {
     return cumulative[p.num_seqs] * p.num_kv_heads;
   }
+  // Thread blocks that have units: all, or one a unit. None between two of an item's is idle, so merge() can count.
+  KAKEYA_D int64_t working_blocks() const {
+    return min(int64_t(gridDim.x), int64_t(total_units()));
+  }
 
   // ---- all of it ---------------------------------------------------------------------------------------------------------
 
@@ -1535,10 +1539,10 @@ struct Attend {
   }
 
   KAKEYA_D void run() {
-    const int64_t total = total_units();
-    begin = int(total * blockIdx.x / gridDim.x);
-    end = int(total * (blockIdx.x + 1) / gridDim.x);
-    if (begin == end) return;
+    const int64_t total = total_units(), blocks = working_blocks();
+    if (blockIdx.x >= blocks) return;
+    begin = int(total * blockIdx.x / blocks);
+    end = int(total * (blockIdx.x + 1) / blocks);
     for (int i = thread; i < int(t.scale_codes); i += S::kThreads)
       sts_f32(shared + M::kFactors + 4 * i, t.at<float>(t.factors)[i]);
 #if KAKEYA_BULK

@@ -11,11 +11,9 @@ import fake_cuda
 import pytest
 import torch
 from kakeya_vllm import cuda, lib, support
-from kakeya_vllm.open_blocks import OpenBlocks
+from steps import DIM, GROUP, HEADS, Engine, settings
 
 BLOCK = lib.BLOCK_TOKENS
-HEADS, GROUP, DIM = 2, 2, 64
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -23,126 +21,6 @@ def torch_instead_of_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "flash_attention", fake_cuda.flash_attention)
     monkeypatch.setattr(cuda, "merge_attention", fake_cuda.merge_attention)
     monkeypatch.setattr(cuda, "HISTORY_TOKENS", 2 * BLOCK)  # several pieces of history
-
-
-def settings(drafts: int = 0, max_seqs: int = 8, max_tokens: int = 1024) -> Any:
-    speculative = SimpleNamespace(num_speculative_tokens=drafts) if drafts else None
-    return SimpleNamespace(
-        speculative_config=speculative,
-        scheduler_config=SimpleNamespace(max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens),
-        compilation_config=SimpleNamespace(max_cudagraph_capture_size=16),
-        model_config=SimpleNamespace(max_model_len=2048),
-    )
-
-
-class Engine:
-    """Requests of random tokens through scheduler outputs, OpenBlocks, planner and one layer."""
-
-    def __init__(self, drafts: int = 0, num_blocks: int = 64) -> None:
-        config = settings(drafts)
-        num_open = 24
-        self.worker = cuda.CudaWorker(
-            config,
-            {"head_dim": DIM, "num_kv_heads": HEADS, "num_q_heads": HEADS * GROUP},
-            device=CPU,
-            dtype=torch.bfloat16,
-            num_kv_heads=HEADS,
-            head_size=DIM,
-            num_open=num_open,
-            make=lambda codec, **limits: fake_cuda.FakeCudaCodec(codec, **limits),
-        )
-        self.worker.bind(num_blocks)
-        self.open_blocks = OpenBlocks(num_blocks, num_open, lookback=2 * drafts)
-        self.planner = cuda.Planner(self.worker)
-        pool = torch.full((num_open + 1, 2, HEADS, BLOCK, DIM), float("nan"), dtype=torch.bfloat16)
-        pool[num_open] = 0
-        self.layer = cuda.CudaLayer(self.worker, pool, 0, 0, DIM**-0.5)
-        page = self.worker.codec.page_bytes
-        self.pages = torch.zeros(num_blocks, HEADS, 1, page, dtype=torch.uint8)
-        self.free = list(range(num_blocks - 1, 0, -1))
-        self.tokens: dict[str, torch.Tensor] = {}  # K and V, [2, tokens, heads, D]
-        self.blocks: dict[str, list[int]] = {}
-        self.computed: dict[str, int] = {}
-        self.random = torch.Generator().manual_seed(1)
-
-    def draw(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.random).to(torch.bfloat16)
-
-    def step(
-        self, counts: dict[str, int], *, pad_seqs: int = 0, pad_tokens: int = 0, slack: int = 0
-    ) -> None:
-        """Run some requests for some tokens each and compare with attention over all tokens.
-        ``slack``: by how much the host overrates lengths of decoding requests."""
-        new, cached = [], []
-        for name, count in counts.items():
-            known = self.blocks.setdefault(name, [])
-            start = self.computed.setdefault(name, 0)
-            fresh = [self.free.pop() for _ in range(-(-(start + count) // BLOCK) - len(known))]
-            known += fresh
-            if start == 0 and name not in self.tokens:
-                self.tokens[name] = torch.empty(2, 0, HEADS, DIM, dtype=torch.bfloat16)
-                request = SimpleNamespace(
-                    req_id=name, block_ids=(list(known),), num_computed_tokens=0
-                )
-                new.append(request)
-            else:
-                cached.append((name, (fresh,) if fresh else None, start))
-        output = SimpleNamespace(
-            finished_req_ids=set(),
-            preempted_req_ids=set(),
-            scheduled_new_reqs=new,
-            scheduled_cached_reqs=SimpleNamespace(
-                req_ids=[name for name, _, _ in cached],
-                new_block_ids=[blocks for _, blocks, _ in cached],
-                num_computed_tokens=[start for _, _, start in cached],
-                resumed_req_ids=set(),
-            ),
-            num_scheduled_tokens=counts,
-        )
-        self.open_blocks.update(output)
-        self.worker.before_step(self.open_blocks)
-
-        order = sorted(counts, key=counts.get)  # decodes first, as the runner does
-        total = sum(counts.values())
-        starts, lens, slots = [0], [], []
-        table = torch.zeros(len(order) + pad_seqs, 16, dtype=torch.int32)
-        keys = [self.draw(2, counts[name], HEADS, DIM) for name in order]
-        for i, name in enumerate(order):
-            start, count = self.computed[name], counts[name]
-            self.tokens[name] = torch.cat((self.tokens[name][:, :start], keys[i]), 1)
-            starts.append(starts[-1] + count)
-            lens.append(start + count)
-            table[i, : len(self.blocks[name])] = torch.tensor(self.blocks[name])
-            slots += [
-                self.blocks[name][p // BLOCK] * BLOCK + p % BLOCK
-                for p in range(start, start + count)
-            ]
-        starts += [total] * pad_seqs
-        k, v = torch.cat((*keys, self.draw(2, pad_tokens, HEADS, DIM)), 1)
-        q = self.draw(total + pad_tokens, HEADS * GROUP, DIM)
-        bound = [n + slack * (counts[name] == 1) for n, name in zip(lens, order, strict=True)]
-        metadata = self.planner.build(
-            SimpleNamespace(
-                query_start_loc=torch.tensor(starts, dtype=torch.int32),
-                query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
-                seq_lens=torch.tensor(lens + [0] * pad_seqs, dtype=torch.int32),
-                seq_lens_cpu_upper_bound=torch.tensor(bound + [0] * pad_seqs, dtype=torch.int32),
-                num_reqs=len(order) + pad_seqs,
-                num_actual_tokens=total + pad_tokens,
-                max_query_len=max(counts.values()),
-                block_table_tensor=table,
-                slot_mapping=torch.tensor(slots + [-1] * pad_tokens, dtype=torch.int64),
-                causal=True,
-            )
-        )
-        out = torch.full_like(q, float("nan"))
-        self.layer.forward(metadata, q, k, v, self.pages, out)
-        self.worker.live = False
-        for i, name in enumerate(order):
-            here = slice(starts[i], starts[i + 1])
-            want, _ = fake_cuda.attention(q[here], *self.tokens[name], DIM**-0.5, causal=True)
-            torch.testing.assert_close(out[here], want, rtol=2e-2, atol=2e-2)
-            self.computed[name] += counts[name]
 
 
 def test_prompts_chunks_and_decoding_in_one_batch() -> None:

@@ -131,7 +131,7 @@ pub(crate) struct AttendParams {
 const HEAD_DIMS: [usize; 3] = [64, 128, 256];
 const ROWS: [u32; 3] = [4, 8, 16];
 /// Pages in flight of an attention block: as many as fit.
-const STAGES: std::ops::RangeInclusive<u32> = 4..=8;
+const STAGES: std::ops::RangeInclusive<u32> = 5..=8;
 
 /// `kakeya_info` of `kernels/info.cu`: sizes that both sides must agree on.
 const INFO: &str = "kakeya_info";
@@ -260,10 +260,13 @@ impl Attend {
             Quantizer::Trellis => "trellis",
         };
         let name = format!("kakeya_attend_d{}_{quantizer}_r{rows}", shape.head_dim);
+        // A page, and the rotation to its block's centre: a cosine and a sine for each channel pair.
+        let pairs = shape.rope.as_ref().map_or(0, |rope| rope.rotary_dim / 2);
+        let stage_bytes = codec.page_bytes() + 8 * pairs;
         let mut best: Option<(Kernel, u32, u32)> = None;
         let mut refusal = None;
         for stages in STAGES.rev() {
-            let bytes = shared[at] as usize + stages as usize * codec.page_bytes();
+            let bytes = shared[at] as usize + stages as usize * stage_bytes;
             match device.kernel(&name, bytes) {
                 Ok(kernel) => {
                     let blocks = device.occupancy(&kernel)?;

@@ -1,0 +1,119 @@
+"""The kernels through the plugin's own calls, against the codec: page bytes and attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kakeya_vllm import cuda, lib
+from steps import Engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def codec(recipe: str, heads: int, group: int, dim: int) -> lib.Codec:
+    frequencies = [10000.0 ** (-2 * i / dim) for i in range(dim // 2)]
+    model = {
+        "num_layers": 1,
+        "num_kv_heads": heads,
+        "num_q_heads": heads * group,
+        "head_dim": dim,
+        "max_position": 2048 + 128,
+        "rope": {"rotary_dim": dim, "interleaved": False, "inv_freq": frequencies},
+    }
+    return lib.load().codec(recipe, model)
+
+
+RECIPES = ["kakeya-free-4.6x", "kakeya-free-4.6x-uniform", "kakeya-free-6.4x-lloyd-max"]
+SHAPES = [(2, 2, 64), (3, 3, 64), (2, 4, 128), (1, 16, 128), (1, 1, 256)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("heads", "group", "dim"), SHAPES)
+def test_prompts_chunks_and_decoding(recipe: str, heads: int, group: int, dim: int) -> None:
+    made = Engine(codec=codec(recipe, heads, group, dim), heads=heads, group=group, dim=dim)
+    made.step({"a": 300, "b": 128})
+    made.step({"a": 1, "b": 1, "c": 500, "d": 40})
+    made.step({"a": 1, "b": 1, "c": 300, "d": 88})
+    made.step({"a": 1, "b": 126, "c": 1, "d": 1, "e": 2}, slack=3, pad_seqs=3, pad_tokens=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_fill_while_decoding(dtype: torch.dtype) -> None:
+    made = Engine(codec=codec(RECIPES[0], 2, 2, 64), dtype=dtype)
+    made.step({"a": 120, "b": 10})
+    for _ in range(20):
+        made.step({"a": 1, "b": 1}, pad_seqs=2, pad_tokens=2)
+
+
+@pytest.mark.parametrize("drafts", [1, 3, 7])
+@pytest.mark.parametrize(("heads", "group", "dim"), SHAPES)
+def test_drafts(drafts: int, heads: int, group: int, dim: int) -> None:
+    shape = {"heads": heads, "group": group, "dim": dim}
+    made = Engine(drafts, codec=codec(RECIPES[1], **shape), **shape)
+    made.step({"a": 125, "b": 255, "c": 3})
+    for accepted in (1, 2, 1, 2):
+        made.step(dict.fromkeys("abc", 1 + drafts))
+        for name in "abc":
+            made.computed[name] -= max(0, 1 + drafts - accepted)
+
+
+def test_history_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "HISTORY_TOKENS", 256)
+    made = Engine(codec=codec(RECIPES[0], 2, 4, 128), heads=2, group=4, dim=128)
+    made.step({"a": 900})
+    made.step({"a": 60})
+    made.step({"a": 300, "b": 9})
+
+
+def test_what_is_not_finite_is_reported_and_not_sealed() -> None:
+    made = Engine(codec=codec(RECIPES[0], 2, 2, 64))
+    made.step({"a": 1})
+    draw = made.draw
+    made.draw = lambda *shape: draw(*shape).index_fill_(1, torch.tensor([0]), float("inf"))
+    with pytest.raises((RuntimeError, AssertionError)):
+        made.step({"b": 128})
+    assert made.worker.status.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "part"),
+    [
+        ("num_seqs", 99, "num_seqs is 99; valid: 0..=16"),
+        ("plan", 0, "plan is NULL"),
+        ("plan", 2, "plan is at"),
+        ("block_table_stride", -1, "row stride of block_table is -1"),
+    ],
+)
+def test_plans_refused_by_name(field: str, value: int, part: str) -> None:
+    made = Engine(codec=codec(RECIPES[0], 2, 2, 64))
+    made.step({"a": 3})
+    args = made.planner._args
+    setattr(args, field, value)
+    with pytest.raises(lib.KakeyaError, match=part):
+        made.worker.codec.plan(args)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "part"),
+    [
+        ("layer", 1, "layer is 1"),
+        ("dtype", 2, "f32"),
+        ("num_tokens", 99999, "num_tokens is 99999"),
+        ("q", 8, "q is at 0x8; valid on CUDA: a multiple of 16"),
+        ("q_head_stride", 1, "a stride of q is 2 bytes"),
+        ("scale", float("nan"), "scale is NaN"),
+        ("workspace", 0, "workspace is NULL"),
+        ("page_block_stride", 1, "pages"),
+    ],
+)
+def test_attention_refused_by_name(field: str, value: float, part: str) -> None:
+    made = Engine(codec=codec(RECIPES[0], 2, 2, 64))
+    made.step({"a": 3})
+    made.step({"a": 1})
+    args = made.layer._attend
+    setattr(args, field, value)
+    with pytest.raises(lib.KakeyaError, match=part):
+        made.worker.codec.attend(args)
