@@ -7,6 +7,15 @@
 #include "params.cuh"
 #include "seal.cuh"
 
+// Clusters came with compute capability 9.0.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define KAKEYA_CLUSTERS 1
+#define KAKEYA_PAIRED __cluster_dims__(2, 1, 1)
+#else
+#define KAKEYA_CLUSTERS 0
+#define KAKEYA_PAIRED
+#endif
+
 namespace kakeya {
 namespace {
 
@@ -66,52 +75,96 @@ __device__ __forceinline__ void prefetch(const Rows<T> &rows) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(rows.first + e / lines * rows.stride + e % lines * 64));
 }
 
+// Two thread blocks that seal the same (task, head): keys and values. In a cluster they tell each other what they
+// found; where there are no clusters, each finds it out by itself.
+template <typename T, int D, bool K>
+struct Pair {
+#if KAKEYA_CLUSTERS
+  Message *inbox, *outbox;
+
+  __device__ __forceinline__ explicit Pair(Message *own) : inbox(own) {
+    outbox = cooperative_groups::this_cluster().map_shared_rank(own, K ? 1 : 0);
+  }
+  // No message may arrive before its reader runs.
+  __device__ __forceinline__ void begin() const { cooperative_groups::this_cluster().sync(); }
+
+  // Before the first part of sealing.
+  template <typename Run>
+  __device__ __forceinline__ void before(const SealParams &, int, const SealJob &, SealState<D> &, Run) const {}
+
+  // After it: true where either met a value that is refused; else the values' state has the tokens.
+  __device__ __forceinline__ bool refused(const SealJob &job, SealState<D> &s) const {
+    if (threadIdx.x == 0) {
+      uint64_t tokens;
+      memcpy(&tokens, s.tokens, sizeof tokens);
+      outbox[job.parity] = {tokens, s.bad[job.parity]};
+    }
+    // The other side reads this message before it arrives here for the next task, and its turn after that uses the
+    // same place again.
+    cooperative_groups::this_cluster().sync();
+    const Message m = inbox[job.parity];
+    if (m.bad | s.bad[job.parity]) return true;
+    if (!K && threadIdx.x == 0) memcpy(s.tokens, &m.tokens, sizeof m.tokens);
+    __syncthreads();
+    return false;
+  }
+#else
+  __device__ __forceinline__ explicit Pair(Message *) {}
+  __device__ __forceinline__ void begin() const { __syncthreads(); }
+
+  template <typename Run>
+  __device__ __forceinline__ void before(const SealParams &p, int index, const SealJob &job, SealState<D> &s,
+                                         Run run) const {
+    const Rows<T> other = source<T, D, !K>(p, index).rows;
+    if constexpr (K) {
+      bool bad = false;
+      for (int e = int(threadIdx.x); e < kBlock * D / 8; e += kSealThreads)
+        bad |= refused8(other(e / (D / 8), e % (D / 8) * 8));
+      if (bad) s.bad[job.parity] = 1;
+    } else {
+      seal_begin<D, true>(job, s, other, run);
+    }
+  }
+
+  __device__ __forceinline__ bool refused(const SealJob &job, SealState<D> &s) const { return s.bad[job.parity]; }
+#endif
+};
+
 template <typename T, int D, bool K>
 __device__ __forceinline__ void seal_stream(const SealParams &p, int tasks, SealState<D> &s, Message *inbox) {
   const auto run = [](auto phase) {
     phase(int(threadIdx.x));
     __syncthreads();
   };
-  auto cluster = cooperative_groups::this_cluster();
-  Message *outbox = cluster.map_shared_rank(inbox, K ? 1 : 0);
-  const int clusters = int(gridDim.x) / 2, all = tasks * p.num_kv_heads, first = int(blockIdx.x) / 2;
-  if (first >= all) return;  // both thread blocks of a cluster
+  const int pairs = int(gridDim.x) / 2, all = tasks * p.num_kv_heads, first = int(blockIdx.x) / 2;
+  if (first >= all) return;  // both thread blocks of a pair
+  const Pair<T, D, K> pair(inbox);
   Source<T> next = source<T, D, K>(p, first);
   prefetch<T, D>(next.rows);
-  seal_setup<D, K>(*p.tables, s, int(threadIdx.x));
-  // No message may arrive before its reader runs.
-  cluster.sync();
+  seal_setup<D, K || !KAKEYA_CLUSTERS>(*p.tables, s, int(threadIdx.x));
+  pair.begin();
+  seal_setup_cells(s, int(threadIdx.x));
   int parity = 0;
-  for (int e = first; e < all; e += clusters) {
+  for (int e = first; e < all; e += pairs) {
     const Source<T> now = next;
-    if (e + clusters < all) next = source<T, D, K>(p, e + clusters);
+    if (e + pairs < all) next = source<T, D, K>(p, e + pairs);
     if (!now.rows.first) {  // both thread blocks see it
       if (K && threadIdx.x == 0) atomicOr(p.status, uint32_t(kSealNoOpenBlock));
       continue;
     }
     uint8_t *page = p.pages + now.task.block * p.page_block_stride + now.head * p.page_head_stride;
     const SealJob job = {p.tables, p.layer, p.first_head + now.head, now.task.block_index, parity, page};
+    pair.before(p, e, job, s, run);
     seal_begin<D, K>(job, s, now.rows, run);
-    if (e + clusters < all) prefetch<T, D>(next.rows);
-    if (threadIdx.x == 0) {
-      uint64_t tokens;
-      memcpy(&tokens, s.tokens, sizeof tokens);
-      outbox[parity] = {tokens, s.bad[parity]};
-    }
-    // The other side reads this message before it arrives here for the next task, and its turn after that uses the
-    // same place again.
-    cluster.sync();
-    const Message m = inbox[parity];
+    if (e + pairs < all) prefetch<T, D>(next.rows);
     parity ^= 1;
-    if (m.bad | s.bad[job.parity]) {
+    if (pair.refused(job, s)) {
       if (K && threadIdx.x == 0) atomicOr(p.status, uint32_t(kSealNonFinite));
       __syncthreads();
       if (threadIdx.x == 0) s.bad[parity] = 0;
       __syncthreads();
       continue;
     }
-    if (!K && threadIdx.x == 0) memcpy(s.tokens, &m.tokens, sizeof m.tokens);
-    __syncthreads();
     seal_end<D, K>(job, s, run);
   }
 }
@@ -136,10 +189,10 @@ __device__ __forceinline__ void seal(const SealParams &p) {
 
 // An even number of thread blocks of kSealThreads; dynamic shared memory seal_shared_bytes(head_dim). A grid as large
 // as the device holds at once suits any number of tasks.
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kSealThreads, 2) kakeya_seal_bf16(SealParams p) {
+extern "C" __global__ void KAKEYA_PAIRED __launch_bounds__(kSealThreads, 2) kakeya_seal_bf16(SealParams p) {
   seal<__nv_bfloat16>(p);
 }
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kSealThreads, 2) kakeya_seal_f16(SealParams p) {
+extern "C" __global__ void KAKEYA_PAIRED __launch_bounds__(kSealThreads, 2) kakeya_seal_f16(SealParams p) {
   seal<__half>(p);
 }
 

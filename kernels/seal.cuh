@@ -130,6 +130,19 @@ KAKEYA_HD constexpr int window_start(int width) {
   return (2 << width) - 3 * width - 1;
 }
 
+// A piece of a width's axis that holds at most one threshold: how many lie below it, and the one.
+struct alignas(8) Cell {
+  float threshold;
+  int below;
+};
+
+// Where a width's cells lie: input z is in cell round(z * scale + origin) once it is within +-range. Which cell that is
+// need not be exact, only monotone and the same for inputs and thresholds: inputs of a cell are above all thresholds of
+// earlier cells, below all of later ones, and are compared with its own.
+struct Cells {
+  float scale, origin, range;
+};
+
 // Tables that every block uses, made once by a thread block.
 struct SealTables {
   // Scalar quantisers: point m of width w at 2^w + m, as plain floats. Trellis: window n of width w holds the points of
@@ -138,6 +151,9 @@ struct SealTables {
   // Thresholds, ascending, of alphabets of s symbol bits at 2^s, 2^s - 1 of them, the last infinite where there are
   // fewer. The trellis has those of its four subsets merged.
   float thresholds[256];
+  // Cells of alphabets of s symbol bits at 4 * 2^s, 4 * 2^s of them: then none holds two thresholds.
+  Cell cells[1024];
+  Cells cells_of[kMaxUnits];  // by symbol bits
   float factors[256], scale_thresholds[256];
 };
 
@@ -158,7 +174,7 @@ struct alignas(16) SealState {
   alignas(16) int32_t score[kBlock];  // in total order
   float peaks[kMaxSlots * 16];
   uint16_t order[D], means[D], canonical[D];
-  uint8_t scales[D], active[D / 8];
+  uint8_t scales[D], active[D / 8], num_active;
   uint8_t tokens[kMaxSlots], slot_of[kBlock], widths[kMaxUnits];
   LayerLayout layout;
   int codes_start, bits;  // of this stream: offset of its codes in the page, sum of its widths
@@ -175,8 +191,18 @@ struct SealJob {
 constexpr uint8_t kNoSlot = 0xff;
 
 KAKEYA_HD float grid_point(const GridParams &g, uint32_t m) {
-  const float y = (float(m) + 0.5f) * (2.0f / float(1u << g.symbol_bits)) - 1.0f;
+  const float y = (float(m) + 0.5f) * bits_float((128u - g.symbol_bits) << 23) - 1.0f;  // 2^(1 - bits)
   return y * (g.alpha + g.beta * (y * y));
+}
+
+// Number of the cell that holds z. Added to 2^23, a number is rounded to a whole one, which its bits show.
+KAKEYA_HD uint32_t cell_of(const Cells &c, float z) {
+  const float low = z < -c.range ? -c.range : z, x = low > c.range ? c.range : low;
+#ifdef __CUDA_ARCH__
+  return float_bits(__fmaf_rn(x, c.scale, c.origin)) - 0x4b000000u;
+#else
+  return float_bits(__builtin_fmaf(x, c.scale, c.origin)) - 0x4b000000u;
+#endif
 }
 
 // Sum over channels or parts as a tree of eight.
@@ -196,16 +222,17 @@ KAKEYA_HD Turn turn_of(const SealState<D> &s, int j, int p) {
   return {half_value(uint16_t(x)), half_value(uint16_t(offset < 0 ? x >> 16 ^ 0x8000u : x >> 16))};
 }
 
-// Channel i of key row j before rotary embedding, up to the centre's turn.
+// Channel i of key row j before rotary embedding, up to the centre's turn (and the sign of a zero).
 template <int D>
 KAKEYA_HD float before(const SealState<D> &s, int j, int i) {
   const int h = int(s.pairs);
   const float *row = s.rows + j * s.stride;
-  if (i >= 2 * h) return row[i];
-  const int p = i < h ? i : i - h;
-  const Turn r = turn_of(s, j, p);
-  const float a = row[p], b = row[p + h];
-  return i < h ? a * r.cos + b * r.sin : b * r.cos - a * r.sin;
+  // One form for both members of a pair, and a turn by nothing for channels that do not rotate: no branch.
+  const bool turns = i < 2 * h, second = i >= h;
+  const int p = second ? i - h : i;
+  const Turn r = turn_of(s, j, turns ? p : 0);
+  const float x = row[i], y = row[turns ? (second ? p : i + h) : i];
+  return x * (turns ? r.cos : 1.0f) + y * (turns ? (second ? -r.sin : r.sin) : 0.0f);
 }
 
 // ---- phases --------------------------------------------------------------------------------------------------------
@@ -253,6 +280,12 @@ KAKEYA_HD void seal_setup(const Tables &t, SealState<D> &s, int thread) {
     }
     o.thresholds[i] = x;
   }
+  if (thread >= 1 && thread <= 6) {
+    const GridParams g = grids[thread];
+    const float range = g.alpha + g.beta, count = float((4 << g.symbol_bits) - 2);  // even: its half is whole
+    o.cells_of[g.symbol_bits] = {count / (2.0f * range), 8388608.0f + float(4 << g.symbol_bits) + 0.5f * count, range};
+  }
+  KAKEYA_ROLLED
   for (int width = 1; width <= 6; ++width) {
     const GridParams g = grids[width];
     if (t.trellis) {
@@ -280,6 +313,32 @@ KAKEYA_HD void hadamard_near(float *x) {
       x[k] = a + b;
       x[k + len] = a - b;
     }
+  }
+}
+
+// The rest of it, which reads what the first part made.
+template <int D>
+KAKEYA_HD void seal_setup_cells(SealState<D> &s, int thread) {
+  SealTables &o = s.tables;
+  for (int i = 8 + thread; i < 1024; i += kSealThreads) {
+    int bits = 1;
+    while (8 << bits <= i) ++bits;
+    const Cells &c = o.cells_of[bits];
+    // The first threshold that is not in an earlier cell; the last of them may be infinite.
+    const float *thresholds = o.thresholds + (1 << bits);
+    int lo = 0, hi = (1 << bits) - 1;
+    while (lo < hi) {
+      const int mid = (lo + hi) / 2;
+      const float x = thresholds[mid];
+      if (x <= kMaxAbs && int(cell_of(c, x)) < i)
+        lo = mid + 1;
+      else
+        hi = mid;
+    }
+    const bool last = lo == (1 << bits) - 1;
+    const float x = last ? 0.0f : thresholds[lo];
+    const bool own = !last && x <= kMaxAbs && int(cell_of(c, x)) == i;
+    o.cells[i] = {own ? x : bits_float(0x7f800000u), lo};
   }
 }
 
@@ -360,10 +419,16 @@ KAKEYA_HD void seal_centre(const SealJob &job, SealState<D> &s, int thread) {
     }
   }
   // A weight of zero adds a zero to a partial sum, which no partial sum notices: it begins as +0.
-  if (thread < D / 8) {
-    uint8_t active = 0;
-    for (int i = 8 * thread; i < 8 * thread + 8; ++i) active |= s.sink[i] != 0.0f;
-    s.active[thread] = active;
+  if (thread == kSealThreads - 1) {
+    int n = 0;
+    KAKEYA_ROLLED
+    for (int b = 0; b < D / 8; ++b) {
+      bool active = false;
+      for (int i = 8 * b; i < 8 * b + 8; ++i) active |= s.sink[i] != 0.0f;
+      s.active[n] = uint8_t(b);
+      n += active;
+    }
+    s.num_active = uint8_t(n);
   }
 }
 
@@ -463,9 +528,8 @@ KAKEYA_HD void seal_score_sums(SealState<D> &s, int thread) {
     const int j = e / 8, r = e % 8;
     float sum = 0.0f;
     KAKEYA_UNROLL_4
-    for (int b = 0; b < D / 8; ++b) {
-      if (!s.active[b]) continue;
-      const int i = 8 * b + r;
+    for (int b = 0; b < int(s.num_active); ++b) {
+      const int i = 8 * s.active[b] + r;
       const float x = before(s, j, i);
       if (s.calibrated) {
         sum += s.sink[i] * x;
@@ -666,8 +730,8 @@ KAKEYA_HD void store_codes(int width, uint8_t *unit, int lane, F value) {
   }
 }
 
-// A quarter of a lane's codes of a unit, n = 4 q + c: where their inputs lie, the inputs, and how many thresholds of an
-// alphabet of `bits` symbol bits lie below each. Quarters keep the code short: a page is sealed once a kernel when
+// A quarter of a lane's codes of a unit, n = 4 q + c: where their inputs lie, the inputs, and how many thresholds of
+// their alphabet lie below each. Quarters keep the code short: a page is sealed once a kernel when
 // tokens come one by one, and then every instruction is fetched from afar.
 template <int D, bool K>
 struct Quarter {
@@ -682,19 +746,14 @@ struct Quarter {
     }
   }
 
-  KAKEYA_HD void load(const SealState<D> &s, int group, int lane, int unit, int q, int bits) {
+  KAKEYA_HD void load(const SealState<D> &s, int group, int lane, int unit, int q, const Cells &cells) {
     KAKEYA_UNROLL
     for (int c = 0; c < 4; ++c) {
       const int n = 4 * q + c, channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
       at[c] = (group * Unit<D>::tokens + code_token<D, K>(lane, n)) * s.stride + channel;
       z[c] = normalised<D, K>(s, s.rows[at[c]], channel);
-      below[c] = 0;
-    }
-    const float *thresholds = s.tables.thresholds + (1 << bits) - 1;
-    for (int step = 1 << bits >> 1; step > 0; step >>= 1) {
-      KAKEYA_UNROLL
-      for (int c = 0; c < 4; ++c)
-        if (z[c] > thresholds[below[c] + step]) below[c] += step;
+      const Cell cell = s.tables.cells[cell_of(cells, z[c])];
+      below[c] = cell.below + (z[c] > cell.threshold);
     }
   }
 };
@@ -728,11 +787,12 @@ KAKEYA_HD void seal_scalar(const SealJob &job, SealState<D> &s, int group, int l
   for (int u = 0; u < Unit<D>::units; ++u) {
     const int w = s.widths[u];
     if (w == 0) continue;
+    const Cells cells = s.tables.cells_of[w];
     CodeBytes codes = {{0, 0, 0, 0}};
     KAKEYA_ROLLED
     for (int q = 0; q < 4; ++q) {
       Quarter<D, K> in;
-      in.load(s, group, lane, u, q, w);
+      in.load(s, group, lane, u, q, cells);
       codes.push_back(uint32_t(in.below[0] | in.below[1] << 8 | in.below[2] << 16 | in.below[3] << 24));
     }
     store_codes(w, out, lane, codes);
@@ -749,6 +809,20 @@ KAKEYA_HD constexpr int trellis_subset(int state, int u) {
   return 2 * ((u ^ state ^ (state >> 2)) & 1) + ((state >> 1) & 1);
 }
 
+// The lesser of two costs, and whether it is the second. Costs are sums of squares, and floats that are not negative
+// order like their bits: one instruction gives both.
+KAKEYA_HD float lesser(float x, float y, bool &second) {
+#ifdef __CUDA_ARCH__
+  bool first;
+  const float least = __int_as_float(__vibmin_s32(__float_as_int(x), __float_as_int(y), &first));
+  second = !first;
+  return least;
+#else
+  second = y < x;
+  return second ? y : x;
+#endif
+}
+
 // Codes of the trellis: one thread a chain. The search leaves a step's decisions (bit s: state s came from its high
 // predecessor) and its number of thresholds below z (from bit 8) where the input was.
 template <int D, bool K>
@@ -759,11 +833,12 @@ KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int 
   for (int u = 0; u < Unit<D>::units; ++u) {
     const int w = s.widths[u];
     if (w == 0) continue;
+    const Cells cells = s.tables.cells_of[w + 1];
     const Quad *windows = s.tables.points + window_start(w);
     KAKEYA_ROLLED
     for (int q = 0; q < 4; ++q) {
       Quarter<D, K> in;
-      in.load(s, group, lane, u, q, w + 1);
+      in.load(s, group, lane, u, q, cells);
       Quad p[4];
       KAKEYA_UNROLL
       for (int c = 0; c < 4; ++c) p[c] = windows[in.below[c]];
@@ -783,9 +858,9 @@ KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int 
           const int low = st >> 1, high = low | 4, b = st & 1;
           const float x = cost[low] + dist[trellis_subset(low, b)];
           const float y = cost[high] + dist[trellis_subset(high, b)];
-          const bool better = y < x;
-          next[st] = better ? y : x;
-          if (better) history[c] |= 1u << st;
+          bool high_wins;
+          next[st] = lesser(x, y, high_wins);
+          if (high_wins) history[c] |= 1u << st;
         }
         KAKEYA_UNROLL
         for (int st = 0; st < 8; ++st) cost[st] = next[st];

@@ -149,6 +149,7 @@ bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uin
     };
     run([&](int thread) { seal_setup<D, true>(t, states[0], thread); });
     run([&](int thread) { seal_setup<D, false>(t, states[1], thread); });
+    for (SealState<D> &s : states) run([&](int thread) { seal_setup_cells(s, thread); });
     seal_begin<D, true>(job, states[0], HostRows{k.data(), D}, run);
     seal_begin<D, false>(job, states[1], HostRows{v.data(), D}, run);
     sealed = !states[0].bad[0] && !states[1].bad[0];
