@@ -15,9 +15,8 @@
 // list of widths has to be known at compile time. Codes are never rotated or scaled: block scales ride in the query and
 // in the page's own accumulators.
 //
-// Columns of a matrix product are query rows. With up to four rows column 2r holds row r's values in fp16 and column
-// 2r + 1 what fp16 left over, so the query is good to 22 bits at no cost, and one thread holds both sums. The products
-// with the means are always split in two: means reach 358.
+// Columns of a matrix product are query rows. Products with the means are split in two, what fp16 holds and what it left
+// over, because means reach 358. With up to four rows columns 2r and 2r + 1 hold the two, and one thread both sums.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -380,31 +379,43 @@ struct Dequant {
     }
   }
 
-  // y (alpha + beta y^2) of y in [-1, 1], which is exact in fp16.
-  static KAKEYA_D uint32_t compand(uint32_t y, uint32_t alpha, uint32_t beta) {
+  // Symbol m of S bits, standing at bit BIT of the mantissa of halves that begin at 1024, to its point: y (alpha + beta
+  // y^2), y = (m + 1/2) 2^(1-S) - 1. y is exact in fp16. From bit 1 on one product gets there; at bit 0 the constant would
+  // need 12 bits, so 1024 goes first.
+  template <int S, int BIT>
+  static KAKEYA_D uint32_t point(uint32_t h, uint32_t alpha, uint32_t beta) {
+    uint32_t y;
+    if constexpr (BIT > 0) {
+      constexpr int offset = -((1 << (11 - BIT)) + (1 << S) - 1);
+      y = half_fma(h, both(half_constant(1, 1 - S - BIT)), both(half_constant(offset, -S)));
+    } else {
+      const uint32_t m = half_add(h, both(half_constant(-1024, 0)));
+      y = half_fma(m, both(half_constant(1, 1 - S)), both(half_constant(1 - (1 << S), -S)));
+    }
     return half_mul(y, half_fma(half_mul(y, y), beta, alpha));
   }
   template <int C, int M>
   static KAKEYA_D void cubic(uint32_t (&f)[4][2], const LaneWords &w, uint32_t alpha, uint32_t beta) {
-    constexpr int bit = field_bit<W, M, C>();
-    // 1024 + code * 2^bit as a half, 1024 off, then y = code 2^(1-W) + 2^-W - 1.
-    const uint32_t c = half_add(field<W, M, C>(w) | 0x64006400u, both(half_constant(-1024, 0)));
-    const uint32_t y = half_fma(c, both(half_constant(1, 1 - W - bit)), both(half_constant(1 - (1 << W), -W)));
-    f[C][M] = compand(y, alpha, beta);
+    f[C][M] = point<W, field_bit<W, M, C>()>(field<W, M, C>(w) | 0x64006400u, alpha, beta);
   }
+  template <int SHIFT>
+  static KAKEYA_D uint32_t shifted(uint32_t x) {
+    if constexpr (SHIFT > 0) return x << SHIFT;
+    if constexpr (SHIFT < 0) return x >> -SHIFT;
+    return x;
+  }
+  // The symbol is put together where its refinement stands, or from bit 1 on: z0, z1, refinement.
   template <int C, int M>
   static KAKEYA_D void trellis(uint32_t (&f)[4][2], const LaneWords &w, uint32_t z1, uint32_t z0, uint32_t alpha,
                                uint32_t beta) {
-    uint32_t refinement = 0;
-    if constexpr (W > 1) {
-      constexpr int V = W > 1 ? W - 1 : 1;
-      refinement = field<V, M, C>(w) >> field_bit<V, M, C>();
-    }
-    const uint32_t symbol = trellis_symbols<M, C>(refinement, z1, z0);
-    const uint32_t c = half_add(symbol | 0x64006400u, both(half_constant(-1024, 0)));
-    constexpr int S = W + 1;
-    const uint32_t y = half_fma(c, both(half_constant(1, 1 - S)), both(half_constant(1 - (1 << S), -S)));
-    f[C][M] = compand(y, alpha, beta);
+    constexpr int V = W > 1 ? W - 1 : 1, n = 4 * M + C;
+    constexpr int stands = W > 1 ? field_bit<V, M, C>() : 3;
+    constexpr int bit = stands >= 3 ? stands - 2 : 1;
+    uint32_t h = 0x64006400u;
+    if constexpr (W > 1) h |= shifted<bit + 2 - stands>(field<V, M, C>(w));
+    h |= shifted<bit - n>(z0) & both(1u << bit);
+    h |= shifted<bit + 1 - n>(z1) & both(2u << bit);
+    f[C][M] = point<W + 1, bit>(h, alpha, beta);
   }
 };
 
@@ -428,7 +439,8 @@ struct AttendFetch {
   int stage;
   int left;  // pages of the cursor's item in this block's range, the next one included
   int at;
-  const uint8_t *page;  // none: nothing is left
+  int more;  // 0: nothing is left
+  const float *cos, *sin;  // of the turns to the blocks' centres
 };
 
 template <int D, int Q, int ROWS>
@@ -469,6 +481,8 @@ struct Attend {
 #else
   AttendFetch fetch;
 #endif
+
+  int fetch_block;  // of the next sealed page
 
   // Values of a segment: one head of one sequence.
   int k_width, v_width;
@@ -551,6 +565,8 @@ struct Attend {
 
   KAKEYA_D void fetch_begin() {
     fetch.stage = 0;
+    fetch.cos = t.at<float>(t.centre_cos);
+    fetch.sin = t.at<float>(t.centre_sin);
     fetch.at = begin;
     fetch_item();
   }
@@ -560,39 +576,38 @@ struct Attend {
       fetch.cursor = seek(fetch.at);
       const AttendCursor &c = fetch.cursor;
       fetch.left = min(end - fetch.at, c.pages - c.unit);
-      if (fetch.left > 0 && rows_of(c.sequence) > chunk_row) return fetch_resolve();
+      if (fetch.left > 0 && rows_of(c.sequence) > chunk_row) {
+        fetch.more = 1;
+        return fetch_look_up();
+      }
       fetch.at += c.units - c.unit;
     }
-    fetch.page = nullptr;
+    fetch.more = 0;
   }
-  KAKEYA_D void fetch_resolve() {
+  // The block's place in the table is loaded one page ahead and met when its transfer starts: nobody waits for it.
+  KAKEYA_D void fetch_look_up() {
     const AttendCursor &c = fetch.cursor;
-    const int block = __ldg(p.block_table + c.sequence * p.block_table_stride + c.unit);
-    fetch.page = p.pages + block * p.page_block_stride + c.head * p.page_head_stride;
-#if KAKEYA_BULK
-    // Its turn comes when a stage is free; until then it can be on its way to L2.
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(fetch.page), "r"(page_bytes) : "memory");
-#endif
+    fetch_block = __ldg(p.block_table + c.sequence * p.block_table_stride + c.unit);
   }
   KAKEYA_D uint32_t stage_at(int stage) const {
     return shared + M::kStages + stage * stage_bytes;
   }
   // Starts the transfer of the next sealed page, if there is one. From sm_90 on thread 0 alone calls this.
   KAKEYA_D void fetch_page() {
-    if (fetch.page) {
+    if (fetch.more) {
+      const uint8_t *page = p.pages + fetch_block * p.page_block_stride + fetch.cursor.head * p.page_head_stride;
       const uint32_t dst = stage_at(fetch.stage);
-      const float *cos = t.at<float>(t.centre_cos) + fetch.cursor.unit * pairs;
-      const float *sin = t.at<float>(t.centre_sin) + fetch.cursor.unit * pairs;
+      const float *cos = fetch.cos + fetch.cursor.unit * pairs, *sin = fetch.sin + fetch.cursor.unit * pairs;
 #if KAKEYA_BULK
       const uint32_t bar = shared + M::kBarriers + 8 * fetch.stage;
       barrier_expect(bar, stage_bytes);
-      bulk_load(dst, fetch.page, page_bytes, bar, true);
+      bulk_load(dst, page, page_bytes, bar, true);
       if (pairs) {
         bulk_load(dst + page_bytes, cos, turn_bytes, bar, false);
         bulk_load(dst + page_bytes + turn_bytes, sin, turn_bytes, bar, false);
       }
 #else
-      copy_async(dst, fetch.page, page_bytes);
+      copy_async(dst, page, page_bytes);
       copy_async(dst + page_bytes, cos, turn_bytes);
       copy_async(dst + page_bytes + turn_bytes, sin, turn_bytes);
 #endif
@@ -600,7 +615,7 @@ struct Attend {
       ++fetch.at;
       if (--fetch.left > 0) {
         ++fetch.cursor.unit;
-        fetch_resolve();
+        fetch_look_up();
       } else {
         fetch.at += fetch.cursor.units - fetch.cursor.unit - 1;
         fetch_item();
@@ -782,6 +797,11 @@ struct Attend {
       }
     KAKEYA_UNROLL
     for (int e = 0; e < kScores; ++e) peak[e] = kNoScore;
+    if constexpr (R::kSplit) {
+      // Odd columns of the query stay zero; an open block of the segment before may have left something there.
+      for (int i = thread; i < kRound * M::kQueryBytes / 4; i += S::kThreads) sts_u32(shared + M::kQuery + 4 * i, 0);
+      __syncthreads();
+    }
   }
 
   // A wide K unit goes with a narrow V unit: channels are in falling order of width.
@@ -789,17 +809,16 @@ struct Attend {
     return S::kUnits - 1 - unit;
   }
 
-  // Two values as fp16: stored in one register `a`, or in two of 16 bits `a` and `b`; returns what fp16 left over.
+  // Two values as fp16, in one register `a` or in halves of two, `a` and `b`. The first returns what fp16 left over.
   static KAKEYA_D float2 store_pair(uint32_t a, float x, float y) {
     const uint32_t h = pack_half(x, y);
     sts_u32(a, h);
     return make_float2(x - half_low(h), y - half_high(h));
   }
-  static KAKEYA_D float2 store_two(uint32_t a, uint32_t b, float x, float y) {
+  static KAKEYA_D void store_two(uint32_t a, uint32_t b, float x, float y) {
     const uint32_t h = pack_half(x, y);
     sts_u16(a, h);
     sts_u16(b, h >> 16);
-    return make_float2(x - half_low(h), y - half_high(h));
   }
 
   // Prepares the page at shared address `at`: reads its statistics, writes query and mean registers of buffer `j`, and
@@ -841,8 +860,7 @@ struct Attend {
       uint32_t at_a = query_at & 0xffffu, at_b = query_at >> 16, at_m = other_at & 0xffffu;
       if (e % 2) at_a = four_rows_on(at_a), at_b = four_rows_on(at_b), at_m = four_rows_on(at_m);
       const uint32_t tile = (e / 2) * kTileBytes;
-      const float2 left = store_two(query + tile + at_a, query + tile + at_b, a * scale_a, b * scale_b);
-      if constexpr (R::kSplit) store_two(query + (at_a ^ kLowFlip), query + (at_b ^ kLowFlip), left.x, left.y);
+      store_two(query + tile + at_a, query + tile + at_b, a * scale_a, b * scale_b);
       // The mean turned by offset o, times the query: cos o (a m_a + b m_b) + sin o (b m_a - a m_b).
       const float2 rest =
           store_pair(means + tile + at_m, (a * base_a + b * base_b) * kMeanScale, (b * base_a - a * base_b) * kMeanScale);
@@ -1201,11 +1219,9 @@ struct Attend {
       for (int i = 0; i < S::kTiles; ++i)
         KAKEYA_UNROLL
         for (int e = 0; e < 4; ++e) acc[n][i][e] = 0.0f;
-      constexpr uint32_t ones = 0x3c003c00u;
-      KAKEYA_UNROLL
-      for (int i = 0; i < 4; ++i) mma(total[n], ones, ones, ones, ones, b[n][2 * i], b[n][2 * i + 1]);
     }
     if (used) value_slots<W>(j, acc, page);
+    constexpr uint32_t ones = 0x3c003c00u;
     if constexpr (W > 0) {
       KAKEYA_UNROLL
       for (int i = 0; i < S::kGroups; ++i) {
@@ -1223,6 +1239,10 @@ struct Attend {
         }
       }
     }
+    KAKEYA_UNROLL
+    for (int i = 0; i < 4; ++i)
+      KAKEYA_UNROLL
+      for (int n = 0; n < NB; ++n) mma(total[n], ones, ones, ones, ones, b[n][2 * i], b[n][2 * i + 1]);
     const uint32_t parameters = shared + M::kValue + buffer * (D * 8) + (value_unit() * S::kUnitChannels + g) * 8;
     KAKEYA_UNROLL
     for (int i = 0; i < S::kTiles; ++i)

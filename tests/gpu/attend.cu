@@ -110,9 +110,15 @@ static Kernel kernel_of(int d, int q, int rows) {
   PICK(D, kUniform, uniform);  \
   PICK(D, kCubic, cubic);      \
   PICK(D, kTrellis, trellis)
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 64
   PICK_ALL(64);
+#endif
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 128
   PICK_ALL(128);
+#endif
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 256
   PICK_ALL(256);
+#endif
   fprintf(stderr, "no kernel for head_dim %d\n", d);
   exit(1);
 }
