@@ -757,8 +757,8 @@ struct Attend {
         largest_mean = fabsf(stat_mean) + 32.0f * fabsf(stat_step);
         stat_mean -= 32.0f * stat_step;
       } else {
-        largest_scale = fabsf(stat_scale) * t.at<float>(t.factors)[t.scale_codes - 1];
-        largest_mean = fabsf(stat_mean) + 65504.0f;
+        // A block's own statistics have no bound to speak of: 65504 would clamp ordinary queries. prepare() saturates.
+        largest_scale = largest_mean = 0.0f;
       }
       const int first = lane & ~3;
       largest_scale = fmaxf(__shfl_sync(~0u, largest_scale, first), __shfl_sync(~0u, largest_scale, first + 1));
@@ -860,10 +860,12 @@ struct Attend {
       uint32_t at_a = query_at & 0xffffu, at_b = query_at >> 16, at_m = other_at & 0xffffu;
       if (e % 2) at_a = four_rows_on(at_a), at_b = four_rows_on(at_b), at_m = four_rows_on(at_m);
       const uint32_t tile = (e / 2) * kTileBytes;
-      store_two(query + tile + at_a, query + tile + at_b, a * scale_a, b * scale_b);
+      const auto bounded = [](float x) { return CALIBRATED ? x : clamp_half(x); };
+      store_two(query + tile + at_a, query + tile + at_b, bounded(a * scale_a), bounded(b * scale_b));
       // The mean turned by offset o, times the query: cos o (a m_a + b m_b) + sin o (b m_a - a m_b).
       const float2 rest =
-          store_pair(means + tile + at_m, (a * base_a + b * base_b) * kMeanScale, (b * base_a - a * base_b) * kMeanScale);
+          store_pair(means + tile + at_m, bounded((a * base_a + b * base_b) * kMeanScale),
+                     bounded((b * base_a - a * base_b) * kMeanScale));
       const uint32_t low = R::kSplit ? at_m ^ kLowFlip : at_m + tile + NB * kTileBytes;
       sts_u32(means + low, pack_half(rest.x, rest.y));
     }

@@ -1,5 +1,5 @@
-// Sizes that the host side checks or needs: crates/ffi/src/kernels.rs reads them when it loads the kernels.
-#include "attend.cuh"
+// Sizes that the host side checks or needs: crates/ffi/src/kernels.rs reads them when it loads the kernels, as it does
+// kakeya_attend_info.
 #include "open.cuh"
 #include "params.cuh"
 #include "seal.cuh"
@@ -20,16 +20,6 @@ extern "C" __device__ uint32_t kakeya_info[] = {
     uint32_t(open_shared_bytes(64)),
     uint32_t(open_shared_bytes(128)),
     uint32_t(open_shared_bytes(256)),
-    // Shared memory of attention before its stages, by head_dim and rows a pass.
-    AttendShared<64, 4>::kStages,
-    AttendShared<64, 8>::kStages,
-    AttendShared<64, 16>::kStages,
-    AttendShared<128, 4>::kStages,
-    AttendShared<128, 8>::kStages,
-    AttendShared<128, 16>::kStages,
-    AttendShared<256, 4>::kStages,
-    AttendShared<256, 8>::kStages,
-    AttendShared<256, 16>::kStages,
 };
 
 }  // namespace kakeya

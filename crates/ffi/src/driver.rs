@@ -150,24 +150,22 @@ impl Device {
         refuse!(KAKEYA_ERR_NO_KERNELS, "{name} is not among the kernels of this libkakeya")
     }
 
-    /// A global variable of the kernels, copied: `len` values of u32.
-    pub fn global(&self, name: &str, len: usize) -> Outcome<Vec<u32>> {
+    /// A global variable of the kernels, copied as u32: from each module that has it, one after the other.
+    pub fn global(&self, name: &str) -> Outcome<Vec<u32>> {
         let _current = self.current()?;
+        let mut values = Vec::new();
         for module in &self.modules {
             let symbol = CString::new(name).expect("a name has no NUL");
             // SAFETY: a loaded module, not unloaded before drop.
             let Ok((address, bytes)) = (unsafe { result::module::get_global(*module, symbol) }) else {
                 continue;
             };
-            if bytes != len * size_of::<u32>() {
-                return refuse!(KAKEYA_ERR_NO_KERNELS, "{name} has {bytes} bytes; valid: {}", len * 4);
-            }
-            let mut values = vec![0_u32; len];
-            // SAFETY: the variable has exactly these bytes.
-            driver(name, unsafe { result::memcpy_dtoh_sync(&mut values, address) })?;
-            return Ok(values);
+            let mut found = vec![0_u32; bytes / size_of::<u32>()];
+            // SAFETY: the variable has these bytes.
+            driver(name, unsafe { result::memcpy_dtoh_sync(&mut found, address) })?;
+            values.append(&mut found);
         }
-        refuse!(KAKEYA_ERR_NO_KERNELS, "{name} is not among the kernels of this libkakeya")
+        Ok(values)
     }
 
     /// How many blocks of a kernel one multiprocessor holds at once.

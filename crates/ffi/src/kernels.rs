@@ -127,16 +127,43 @@ pub(crate) struct AttendParams {
     pub reserved2: i32,
 }
 
-/// The head dimensions and the query rows a pass for which there are attention kernels.
+/// The head dimensions for which there are kernels.
 const HEAD_DIMS: [usize; 3] = [64, 128, 256];
-const ROWS: [u32; 3] = [4, 8, 16];
-/// Pages in flight of an attention block: as many as fit.
-const STAGES: std::ops::RangeInclusive<u32> = 5..=8;
 
-/// `kakeya_info` of `kernels/info.cu`: sizes that both sides must agree on.
+/// `kakeya_info` of `kernels/info.cu`: sizes that both sides must agree on, then shared memory by head dimension.
 const INFO: &str = "kakeya_info";
 const SIZES: usize = 6;
-const INFO_LEN: usize = SIZES + HEAD_DIMS.len() * (2 + ROWS.len());
+
+/// One entry of `kakeya_attend_info` (`kernels/attend.cu`): what a launch of the attention kernel for so many query
+/// rows a pass needs.
+struct AttendInfo {
+    head_dim: u32,
+    rows: u32,
+    threads: u32,
+    fixed_shared: u32,
+    blocks_per_sm: u32,
+    min_stages: u32,
+}
+
+/// Deeper rings of pages in flight are of no use.
+const MAX_STAGES: u32 = 8;
+
+impl AttendInfo {
+    const NAME: &str = "kakeya_attend_info";
+
+    fn all(device: &Device) -> Outcome<Vec<Self>> {
+        let words = device.global(Self::NAME)?;
+        let entries = words.chunks_exact(6).map(|x| Self {
+            head_dim: x[0],
+            rows: x[1],
+            threads: x[2],
+            fixed_shared: x[3],
+            blocks_per_sm: x[4],
+            min_stages: x[5],
+        });
+        Ok(entries.collect())
+    }
+}
 
 /// What a step may hold at most; see kakeya_cuda_limits.
 #[derive(Clone, Copy, Debug)]
@@ -193,7 +220,14 @@ impl Kernels {
                 "head_dim is {head_dim}; there are kernels for {HEAD_DIMS:?}"
             );
         };
-        let info = device.global(INFO, INFO_LEN)?;
+        let info = device.global(INFO)?;
+        if info.len() != SIZES + 2 * HEAD_DIMS.len() {
+            return refuse!(
+                KAKEYA_ERR_NO_KERNELS,
+                "{INFO} has {} values: kernels of another version",
+                info.len()
+            );
+        }
         let ours = [
             size_of::<PlanParams>(),
             size_of::<AppendParams>(),
@@ -217,16 +251,14 @@ impl Kernels {
                 device.kernel(&format!("{name}_f16"), shared)?,
             ])
         };
-        let (seal_shared, rest) = info[SIZES..].split_at(HEAD_DIMS.len());
-        let (open_shared, attend_shared) = rest.split_at(HEAD_DIMS.len());
-        let attend_shared = &attend_shared[column * ROWS.len()..][..ROWS.len()];
+        let (seal_shared, open_shared) = info[SIZES..].split_at(HEAD_DIMS.len());
         let seal = pair("kakeya_seal", seal_shared[column] as usize)?;
         Ok(Self {
             plan: device.kernel("kakeya_plan", 0)?,
             append: pair("kakeya_append", 0)?,
             seal,
             open: pair("kakeya_open", open_shared[column] as usize)?,
-            attend: Attend::new(device, codec, limits, attend_shared)?,
+            attend: Attend::new(device, codec, limits)?,
             multiprocessors: device.multiprocessors,
             seal_blocks: device.multiprocessors * device.occupancy(&seal[0])?,
         })
@@ -247,46 +279,47 @@ impl Kernels {
 }
 
 impl Attend {
-    /// `shared`: bytes before the stages, by ROWS.
-    fn new(device: &Device, codec: &Codec, limits: &Limits, shared: &[u32]) -> Outcome<Self> {
+    fn new(device: &Device, codec: &Codec, limits: &Limits) -> Outcome<Self> {
         let shape = codec.shape();
         let group = (shape.num_q_heads / shape.num_kv_heads) as u32;
         let needed = group * limits.max_query;
-        let at = ROWS.iter().position(|&rows| rows >= needed).unwrap_or(ROWS.len() - 1);
-        let rows = ROWS[at];
+        let mut kinds = AttendInfo::all(device)?;
+        kinds.retain(|kind| kind.head_dim as usize == shape.head_dim);
+        kinds.sort_by_key(|kind| kind.rows);
+        let Some(kind) = kinds.iter().find(|kind| kind.rows >= needed).or(kinds.last()) else {
+            return refuse!(KAKEYA_ERR_NO_KERNELS, "no attention kernel for head_dim {}", shape.head_dim);
+        };
         let quantizer = match codec.recipe().quantizer {
             Quantizer::Uniform => "uniform",
             Quantizer::LloydMax => "cubic",
             Quantizer::Trellis => "trellis",
         };
-        let name = format!("kakeya_attend_d{}_{quantizer}_r{rows}", shape.head_dim);
+        let name = format!("kakeya_attend_d{}_{quantizer}_r{}", shape.head_dim, kind.rows);
         // A page, and the rotation to its block's centre: a cosine and a sine for each channel pair.
         let pairs = shape.rope.as_ref().map_or(0, |rope| rope.rotary_dim / 2);
         let stage_bytes = codec.page_bytes() + 8 * pairs;
-        let mut best: Option<(Kernel, u32, u32)> = None;
+        // As many blocks as the kernel was compiled for, else fewer; then as many stages as fit.
         let mut refusal = None;
-        for stages in STAGES.rev() {
-            let bytes = shared[at] as usize + stages as usize * stage_bytes;
-            match device.kernel(&name, bytes) {
-                Ok(kernel) => {
-                    let blocks = device.occupancy(&kernel)?;
-                    // More blocks hide more latency than deeper rings do.
-                    if blocks > best.map_or(0, |(_, _, most)| most) {
-                        best = Some((kernel, stages, blocks));
+        for blocks in (1..=kind.blocks_per_sm).rev() {
+            for stages in (kind.min_stages..=MAX_STAGES).rev() {
+                let bytes = kind.fixed_shared as usize + stages as usize * stage_bytes;
+                match device.kernel(&name, bytes) {
+                    Ok(kernel) if kernel.threads != kind.threads => {
+                        return refuse!(KAKEYA_ERR_NO_KERNELS, "{name}: {} threads", kernel.threads);
                     }
+                    Ok(kernel) if device.occupancy(&kernel)? >= blocks => {
+                        let grid = [device.multiprocessors * blocks, needed.div_ceil(kind.rows), 1];
+                        return Ok(Self { kernel, stages, grid, rows: kind.rows });
+                    }
+                    Ok(_) => {}
+                    Err(failure) => refusal = Some(failure),
                 }
-                Err(failure) => refusal = Some(failure),
             }
         }
-        let Some((kernel, stages, blocks)) = best else {
-            return match refusal {
-                Some(failure) => Err(failure),
-                None => refuse!(KAKEYA_ERR_UNSUPPORTED, "{name} does not fit on this GPU"),
-            };
-        };
-        // The last question set the attribute of the fewest stages.
-        let kernel = device.kernel(&name, kernel.shared as usize)?;
-        Ok(Self { kernel, stages, grid: [device.multiprocessors * blocks, needed.div_ceil(rows), 1], rows })
+        match refusal {
+            Some(failure) => Err(failure),
+            None => refuse!(KAKEYA_ERR_UNSUPPORTED, "{name} does not fit on this GPU"),
+        }
     }
 
     /// float32 of the workspace: a record for each block and each (sequence, KV head), a pass.
