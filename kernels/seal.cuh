@@ -124,6 +124,10 @@ struct alignas(16) Quad {
   float x[4];
 };
 
+struct alignas(16) Four {
+  int32_t x[4];
+};
+
 // Windows of the trellis' alphabet of a width: 2^(w+1) - 3, the widths one after the other.
 constexpr int kWindows = 234;
 KAKEYA_HD constexpr int window_start(int width) {
@@ -197,11 +201,11 @@ KAKEYA_HD float grid_point(const GridParams &g, uint32_t m) {
 
 // Number of the cell that holds z. Added to 2^23, a number is rounded to a whole one, which its bits show.
 KAKEYA_HD uint32_t cell_of(const Cells &c, float z) {
-  const float low = z < -c.range ? -c.range : z, x = low > c.range ? c.range : low;
 #ifdef __CUDA_ARCH__
-  return float_bits(__fmaf_rn(x, c.scale, c.origin)) - 0x4b000000u;
+  return float_bits(__fmaf_rn(fminf(fmaxf(z, -c.range), c.range), c.scale, c.origin)) - 0x4b000000u;
 #else
-  return float_bits(__builtin_fmaf(x, c.scale, c.origin)) - 0x4b000000u;
+  const float low = z < -c.range ? -c.range : z;
+  return float_bits(__builtin_fmaf(low > c.range ? c.range : low, c.scale, c.origin)) - 0x4b000000u;
 #endif
 }
 
@@ -555,9 +559,10 @@ KAKEYA_HD void seal_choose(SealState<D> &s, int thread) {
   const int32_t own = s.score[thread];
   uint32_t place = 0;
   KAKEYA_UNROLL_4
-  for (int j = 0; j < kBlock; ++j) {
-    const int32_t other = s.score[j];
-    place += other > own || (other == own && j < thread);
+  for (int first = 0; first < kBlock; first += 4) {
+    const Four others = *reinterpret_cast<const Four *>(s.score + first);
+    KAKEYA_UNROLL
+    for (int k = 0; k < 4; ++k) place += others.x[k] > own || (others.x[k] == own && first + k < thread);
   }
   if (place < s.layout.num_slots) s.tokens[place] = uint8_t(thread);
 }
@@ -684,12 +689,20 @@ KAKEYA_HD uint32_t exact_codes(const SealState<D> &s, int group, int lane) {
   return exact;
 }
 
+KAKEYA_HD int lowest_bit(uint32_t x) {
+#ifdef __CUDA_ARCH__
+  return __ffs(int(x)) - 1;
+#else
+  return __builtin_ctz(x);
+#endif
+}
+
 // Takes the points of a unit's codes off the rows of its exact tokens; `point(n)` of code n.
 template <int D, bool K, typename F>
 KAKEYA_HD void take_points_off(SealState<D> &s, int group, int lane, int unit, uint32_t exact, F point) {
   KAKEYA_ROLLED
-  for (int n = 0; n < kCodes; ++n) {
-    if (!(exact >> n & 1u)) continue;
+  for (uint32_t rest = exact; rest; rest &= rest - 1u) {
+    const int n = lowest_bit(rest);
     const int slot = s.slot_of[group * Unit<D>::tokens + code_token<D, K>(lane, n)];
     s.part[slot * D + unit * Unit<D>::channels + code_channel<D, K>(lane, n)] -= point(n);
   }
@@ -809,22 +822,45 @@ KAKEYA_HD constexpr int trellis_subset(int state, int u) {
   return 2 * ((u ^ state ^ (state >> 2)) & 1) + ((state >> 1) & 1);
 }
 
-// The lesser of two costs, and whether it is the second. Costs are sums of squares, and floats that are not negative
-// order like their bits: one instruction gives both.
-KAKEYA_HD float lesser(float x, float y, bool &second) {
+// `bits` shifted up by one, with 1 at the bottom where y < x. The sign of the difference says so without a predicate:
+// it underflows to no zero, and infinity minus infinity is the device's NaN, which has no sign.
+KAKEYA_HD uint32_t shift_in_less(uint32_t bits, float y, float x) {
 #ifdef __CUDA_ARCH__
-  bool first;
-  const float least = __int_as_float(__vibmin_s32(__float_as_int(x), __float_as_int(y), &first));
-  second = !first;
-  return least;
+  return __funnelshift_l(float_bits(y - x), bits, 1);
 #else
-  second = y < x;
-  return second ? y : x;
+  return bits << 1 | uint32_t(y < x);
 #endif
 }
 
-// Codes of the trellis: one thread a chain. The search leaves a step's decisions (bit s: state s came from its high
-// predecessor) and its number of thresholds below z (from bit 8) where the input was.
+KAKEYA_HD float lesser(float x, float y) {
+#ifdef __CUDA_ARCH__
+  return fminf(x, y);
+#else
+  return y < x ? y : x;
+#endif
+}
+
+// The bits of a state in the other order: u_(n-2) + 2 u_(n-1) + 4 u_n, as a window of path bits has them.
+KAKEYA_HD constexpr int reversed(int state) {
+  return (state & 1) << 2 | (state & 2) | state >> 2;
+}
+
+// Bits 0..3 of x to the lowest bits of four bytes.
+KAKEYA_HD uint32_t bits_to_bytes(uint32_t x) {
+  return (x & 15u) * 0x00204081u & 0x01010101u;
+}
+
+// Bytes 1 of four words.
+KAKEYA_HD uint32_t second_bytes(const uint32_t *x) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(__byte_perm(x[0], x[1], 0x0051), __byte_perm(x[2], x[3], 0x0051), 0x5410);
+#else
+  return (x[0] >> 8 & 0xffu) | (x[1] & 0xff00u) | (x[2] & 0xff00u) << 8 | (x[3] & 0xff00u) << 16;
+#endif
+}
+
+// Codes of the trellis: one thread a chain. The search leaves a step's decisions (bit reversed(s): state s came from
+// its high predecessor) and its number of thresholds below z (byte 1) where the input was.
 template <int D, bool K>
 KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int lane, uint32_t exact) {
   float cost[8];
@@ -851,19 +887,18 @@ KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int 
           const float e = in.z[c] - p[c].x[j];
           dist[j] = e * e;
         }
-        history[c] = uint32_t(in.below[c]) << 8;
-        float next[8];
+        float low[8], high[8];
         KAKEYA_UNROLL
         for (int st = 0; st < 8; ++st) {
-          const int low = st >> 1, high = low | 4, b = st & 1;
-          const float x = cost[low] + dist[trellis_subset(low, b)];
-          const float y = cost[high] + dist[trellis_subset(high, b)];
-          bool high_wins;
-          next[st] = lesser(x, y, high_wins);
-          if (high_wins) history[c] |= 1u << st;
+          const int from = st >> 1, b = st & 1;
+          low[st] = cost[from] + dist[trellis_subset(from, b)];
+          high[st] = cost[from | 4] + dist[trellis_subset(from | 4, b)];
         }
+        history[c] = uint32_t(in.below[c]);
         KAKEYA_UNROLL
-        for (int st = 0; st < 8; ++st) cost[st] = next[st];
+        for (int i = 7; i >= 0; --i) history[c] = shift_in_less(history[c], high[reversed(i)], low[reversed(i)]);
+        KAKEYA_UNROLL
+        for (int st = 0; st < 8; ++st) cost[st] = lesser(low[st], high[st]);
       }
       KAKEYA_UNROLL
       for (int c = 0; c < 4; ++c) s.rows[in.at[c]] = bits_float(history[c]);
@@ -874,7 +909,9 @@ KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int 
   KAKEYA_UNROLL
   for (int st = 1; st < 8; ++st)
     if (cost[st] < best) best = cost[st], state = st;
-  // Back through the chain, unit by unit.
+  // Back through the chain, unit by unit: a step's decision is the path bit three steps before it. After a unit the
+  // bits found are the window that its reader makes: bit n + 3 is u_n.
+  uint32_t window = uint32_t(reversed(state));
   uint8_t *out = job.page + s.codes_start + unit_bytes(1) * (group + 1) * s.bits;
   KAKEYA_ROLLED
   for (int u = Unit<D>::units - 1; u >= 0; --u) {
@@ -882,32 +919,32 @@ KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int 
     if (w == 0) continue;
     out -= unit_bytes(w);
     CodeBytes refinement = {{0, 0, 0, 0}};
-    uint32_t path = 0, subsets = 0;
     KAKEYA_ROLLED
     for (int q = 3; q >= 0; --q) {
       Quarter<D, K> in;
       in.place(s, group, lane, u, q);
-      uint32_t history[4], bytes = 0;
+      uint32_t history[4];
       KAKEYA_UNROLL
       for (int c = 0; c < 4; ++c) history[c] = float_bits(s.rows[in.at[c]]);
       KAKEYA_UNROLL
-      for (int c = 3; c >= 0; --c) {
-        const uint32_t h = history[c];
-        const int bit = state & 1, from = (state >> 1) | int(h >> state & 1u) << 2, subset = trellis_subset(from, bit);
-        path = path << 1 | uint32_t(bit);
-        subsets = subsets << 2 | uint32_t(subset);
-        bytes = bytes << 8 | ((h >> 8) + 3u - uint32_t(subset)) >> 2;
-        state = from;
-      }
-      refinement.push_front(bytes);
+      for (int c = 3; c >= 0; --c) window = window << 1 | (history[c] >> (window & 7u) & 1u);
+      refinement.push_front(second_bytes(history));
+    }
+    const uint32_t z1 = trellis_z1(window), z0 = trellis_z0(window);
+    // Of the points at n..n+3, n thresholds below z, that of subset j has refinement (n + 3 - j) / 4.
+    KAKEYA_UNROLL
+    for (int q = 0; q < 4; ++q) {
+      const uint32_t rest = 2u * bits_to_bytes(~z1 >> 4 * q) + bits_to_bytes(~z0 >> 4 * q);
+      refinement.quarter[q] = (refinement.quarter[q] + rest) >> 2 & 0x1f1f1f1fu;
     }
     // Bit n of a lane's path bits is that of code n.
-    store_u16(out + 2 * lane, path);
+    store_u16(out + 2 * lane, window >> 3);
     if (w > 1) store_codes(w - 1, out + unit_bytes(1), lane, refinement);
     // The codes of exact tokens are those of zero: below it lie 2^w - 2 of 2^(w+1) - 4 thresholds.
     if (exact) {
       const Quad *zero = s.tables.points + window_start(w) + (1 << w) - 2;
-      take_points_off<D, K>(s, group, lane, u, exact, [&](int n) { return zero->x[subsets >> 2 * n & 3u]; });
+      take_points_off<D, K>(s, group, lane, u, exact,
+                            [&](int n) { return zero->x[2u * (z1 >> n & 1u) + (z0 >> n & 1u)]; });
     }
   }
 }

@@ -51,8 +51,6 @@ int main(int argc, char **argv) {
     const auto kernel = x.h.element == kF16 ? kakeya_seal_f16 : kakeya_seal_bf16;
     const size_t shared = seal_shared_bytes(int(x.d));
     CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeClusterSchedulingPolicyPreference,
-                              cudaClusterSchedulingPolicySpread));
     int resident = 0;
     CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kSealThreads, shared));
     const int grid = device.multiProcessorCount * resident / 2 * 2;

@@ -101,8 +101,6 @@ inline void launch_seal(const kakeya::SealParams &p, int head_dim, int blocks, c
   const auto kernel = p.element == kakeya::kF16 ? kakeya::kakeya_seal_f16 : kakeya::kakeya_seal_bf16;
   const size_t shared = kakeya::seal_shared_bytes(head_dim);
   CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeClusterSchedulingPolicyPreference,
-                            cudaClusterSchedulingPolicySpread));
   kernel<<<blocks, kakeya::kSealThreads, shared, stream>>>(p);
   CUDA(cudaGetLastError());
 }
