@@ -137,7 +137,7 @@ __device__ __forceinline__ void seal_stream(const SealParams &p, int tasks, Seal
     __syncthreads();
   };
   const int pairs = int(gridDim.x) / 2, all = tasks * p.num_kv_heads;
-  // Few tasks go to thread blocks far from each other, which share no multiprocessor.
+  // Few tasks go to thread blocks far from each other.
   const int step = all < pairs ? pairs / all : 1, first = int(blockIdx.x) / 2 / step;
   if (first >= all || int(blockIdx.x) / 2 % step != 0) return;  // both thread blocks of a pair
   const Pair<T, D, K> pair(inbox);
