@@ -191,7 +191,10 @@ mod tests {
                 for slots in [r.min_slots, r.sink_slots] {
                     let l = PageLayout::new(&r, d, bytes, slots).unwrap();
                     // What vector loads of a kernel want.
-                    assert!(l.side_offset % 16 == 0 && l.slots_offset % 16 == 0, "{name} D={d}: {l:?}");
+                    assert!(
+                        l.side_offset.is_multiple_of(16) && l.slots_offset.is_multiple_of(16),
+                        "{name} D={d}: {l:?}"
+                    );
                 }
             }
         }
