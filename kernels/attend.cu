@@ -10,17 +10,17 @@ constexpr int blocks_per_sm() {
   return D == 256 || ROWS == 16 ? 1 : 2;
 }
 
-#define KAKEYA_ATTEND(D, Q, NAME, ROWS)                                                                      \
-  extern "C" __global__ void __launch_bounds__(AttendShape<D>::kThreads, (blocks_per_sm<D, Q, ROWS>()))      \
-      kakeya_attend_d##D##_##NAME##_r##ROWS(const __grid_constant__ AttendParams p, uint32_t stages) {       \
-    extern __shared__ __align__(128) uint8_t memory[];                                                       \
-    Attend<D, Q, ROWS>(p, memory, stages, lane_index()).run();                                                             \
+#define KAKEYA_ATTEND(D, Q, NAME, ROWS)                                                                 \
+  extern "C" __global__ void __launch_bounds__(AttendShape<D>::kThreads, (blocks_per_sm<D, Q, ROWS>())) \
+      kakeya_attend_d##D##_##NAME##_r##ROWS(const __grid_constant__ AttendParams p, uint32_t stages) {  \
+    extern __shared__ __align__(128) uint8_t memory[];                                                  \
+    Attend<D, Q, ROWS>(p, memory, stages, lane_index()).run();                                          \
   }
 #define KAKEYA_ATTEND_ROWS(D, Q, NAME) \
   KAKEYA_ATTEND(D, Q, NAME, 4)         \
   KAKEYA_ATTEND(D, Q, NAME, 8)         \
   KAKEYA_ATTEND(D, Q, NAME, 16)
-#define KAKEYA_ATTEND_ALL(D)              \
+#define KAKEYA_ATTEND_ALL(D)               \
   KAKEYA_ATTEND_ROWS(D, kUniform, uniform) \
   KAKEYA_ATTEND_ROWS(D, kCubic, cubic)     \
   KAKEYA_ATTEND_ROWS(D, kTrellis, trellis)
@@ -38,7 +38,8 @@ KAKEYA_ATTEND_ALL(256)
 
 // What a launcher has to know of each (head_dim, rows), for it to read from the module: the same for all quantisers.
 //   blocks of the grid's x    blocks_per_sm x multiprocessors
-//   stages                    as many as fit (at least min_stages, at most 8 are of use) into the multiprocessor's shared
+//   stages                    as many as fit (at least min_stages, at most 8 are of use) into the multiprocessor's
+//   shared
 //                             memory / blocks_per_sm - 1 KiB, each page_bytes + 8 pairs bytes, after fixed_shared
 //   workspace, floats         passes x (blocks + sequences x KV heads) x rows x (head_dim + 2)
 //   counters, int32           passes x sequences x KV heads, zero before the first launch
@@ -48,7 +49,11 @@ struct AttendInfo {
 
 template <int D, int ROWS>
 constexpr AttendInfo attend_info() {
-  return {D,    ROWS, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kStages, blocks_per_sm<D, kUniform, ROWS>(),
+  return {D,
+          ROWS,
+          AttendShape<D>::kThreads,
+          AttendShared<D, ROWS>::kStages,
+          blocks_per_sm<D, kUniform, ROWS>(),
           AttendRows<ROWS>::kRound + 2};
 }
 

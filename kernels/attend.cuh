@@ -15,8 +15,9 @@
 // list of widths has to be known at compile time. Codes are never rotated or scaled: block scales ride in the query and
 // in the page's own accumulators.
 //
-// Columns of a matrix product are query rows. Products with the means are split in two, what fp16 holds and what it left
-// over, because means reach 358. With up to four rows columns 2r and 2r + 1 hold the two, and one thread both sums.
+// Columns of a matrix product are query rows. Products with the means are split in two, what fp16 holds and what it
+// left over, because means reach 358. With up to four rows columns 2r and 2r + 1 hold the two, and one thread both
+// sums.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,13 +50,13 @@ struct AttendShape {
 
 template <int ROWS>
 struct AttendRows {
-  static constexpr bool kSplit = ROWS == 4;               // odd columns carry low parts
-  static constexpr int kColumns = kSplit ? 1 : 2;         // rows of a thread's two columns
-  static constexpr int kScoreColumns = kSplit ? 4 : 8;    // rows of a token's scores in shared memory
-  static constexpr int kTiles = ROWS == 16 ? 2 : 1;       // 8-column tiles of the products with codes
+  static constexpr bool kSplit = ROWS == 4;                   // odd columns carry low parts
+  static constexpr int kColumns = kSplit ? 1 : 2;             // rows of a thread's two columns
+  static constexpr int kScoreColumns = kSplit ? 4 : 8;        // rows of a token's scores in shared memory
+  static constexpr int kTiles = ROWS == 16 ? 2 : 1;           // 8-column tiles of the products with codes
   static constexpr int kMeanTiles = kSplit ? 1 : 2 * kTiles;  // high parts, then low parts
-  static constexpr int kPerThread = ROWS / 4;             // rows that a thread prepares
-  static constexpr int kRound = kSplit ? 2 : 1;           // pages between two barriers; more rows need more memory
+  static constexpr int kPerThread = ROWS / 4;                 // rows that a thread prepares
+  static constexpr int kRound = kSplit ? 2 : 1;               // pages between two barriers; more rows need more memory
 };
 
 // Shared memory, bytes from its start.
@@ -72,9 +73,9 @@ struct AttendShared {
   static constexpr int kProb = kMean + R::kRound * kMeanBytes;  // kRound x f16 [tile][128][8]
   static constexpr int kTileProbBytes = kBlock * 8 * 2;
   static constexpr int kProbBytes = R::kMeanTiles * kTileProbBytes;
-  static constexpr int kValue = kProb + R::kRound * kProbBytes;  // 2 kRound x {scale, offset} f32 [D], code order
+  static constexpr int kValue = kProb + R::kRound * kProbBytes;    // 2 kRound x {scale, offset} f32 [D], code order
   static constexpr int kFactors = kValue + 2 * R::kRound * D * 8;  // f32 [256]
-  static constexpr int kMax = kFactors + 256 * 4;  // f32 [warp][16]
+  static constexpr int kMax = kFactors + 256 * 4;                  // f32 [warp][16]
   static constexpr int kRawQuery = kQuery;  // element [tile][unit][lane][..]: open blocks come after the pages
   static constexpr int kBarriers = kMax + S::kWarps * 16 * 4;  // u64 [16]
   static constexpr int kFlag = kBarriers + 128;
@@ -137,22 +138,20 @@ KAKEYA_D void sts_f32x2(uint32_t a, float x, float y) {
 }
 
 KAKEYA_D void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 KAKEYA_D void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(b0));
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b0));
 }
 // Product in the elements' own type.
 KAKEYA_D void mma_element(bool f16, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                           uint32_t b1) {
   if (f16) return mma(c, a0, a1, a2, a3, b0, b1);
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -240,17 +239,16 @@ KAKEYA_D void barrier_expect(uint32_t bar, uint32_t bytes) {
 // `once`: the source is read once and should not push other data out of L2.
 KAKEYA_D void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t bar, bool once) {
   if (!once) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src),
-        "r"(bytes), "r"(bar)
-        : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+                 "l"(src), "r"(bytes), "r"(bar)
+                 : "memory");
     return;
   }
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          dst),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(dst),
       "l"(src), "r"(bytes), "r"(bar), "l"(policy)
       : "memory");
 }
@@ -380,8 +378,8 @@ struct Dequant {
   }
 
   // Symbol m of S bits, standing at bit BIT of the mantissa of halves that begin at 1024, to its point: y (alpha + beta
-  // y^2), y = (m + 1/2) 2^(1-S) - 1. y is exact in fp16. From bit 1 on one product gets there; at bit 0 the constant would
-  // need 12 bits, so 1024 goes first.
+  // y^2), y = (m + 1/2) 2^(1-S) - 1. y is exact in fp16. From bit 1 on one product gets there; at bit 0 the constant
+  // would need 12 bits, so 1024 goes first.
   template <int S, int BIT>
   static KAKEYA_D uint32_t point(uint32_t h, uint32_t alpha, uint32_t beta) {
     uint32_t y;
@@ -439,7 +437,7 @@ struct AttendFetch {
   int stage;
   int left;  // pages of the cursor's item in this block's range, the next one included
   int at;
-  int more;  // 0: nothing is left
+  int more;                // 0: nothing is left
   const float *cos, *sin;  // of the turns to the blocks' centres
 };
 
@@ -450,7 +448,7 @@ struct Attend {
   using M = AttendShared<D, ROWS>;
   static constexpr bool kNarrow = S::kUnitChannels == 16;
   static constexpr int NB = R::kTiles, NC = R::kColumns;
-  static constexpr int kRegs = 2 * S::kTiles;  // query registers of a lane, unit and tile
+  static constexpr int kRegs = 2 * S::kTiles;                            // query registers of a lane, unit and tile
   static constexpr int kSums = kBlock * R::kScoreColumns / S::kThreads;  // rows of a tile whose scores a thread sums
   static constexpr int kScores = kSums * NB;                             // probabilities of a thread
   static constexpr int kTokenLanes = R::kScoreColumns / kSums;           // lanes that share a token
@@ -532,11 +530,10 @@ struct Attend {
   {
   }
 
-  // ---- work list -----------------------------------------------------------------------------------------------------
+  // ---- work list
+  // -----------------------------------------------------------------------------------------------------
 
-  KAKEYA_D int rows_of(int sequence) const {
-    return (p.query_start[sequence + 1] - p.query_start[sequence]) * p.group;
-  }
+  KAKEYA_D int rows_of(int sequence) const { return (p.query_start[sequence + 1] - p.query_start[sequence]) * p.group; }
   KAKEYA_D int pages_of(int sequence) const {
     return (p.seq_lens[sequence] - (p.query_start[sequence + 1] - p.query_start[sequence])) / kBlock;
   }
@@ -561,19 +558,34 @@ struct Attend {
     return c;
   }
 
-  // ---- transfers -----------------------------------------------------------------------------------------------------
+  // The first unit of the item after c's; there must be one.
+  KAKEYA_D AttendCursor following(AttendCursor c) const {
+    c.unit = 0;
+    if (++c.head == p.num_kv_heads) {
+      c.head = 0;
+      do {
+        ++c.sequence;
+        c.units = cumulative[c.sequence + 1] - cumulative[c.sequence];
+      } while (c.units == 0);
+      c.pages = pages_of(c.sequence);
+    }
+    return c;
+  }
+
+  // ---- transfers
+  // -----------------------------------------------------------------------------------------------------
 
   KAKEYA_D void fetch_begin() {
     fetch.stage = 0;
     fetch.cos = t.at<float>(t.centre_cos);
     fetch.sin = t.at<float>(t.centre_sin);
     fetch.at = begin;
+    fetch.cursor = seek(begin);
     fetch_item();
   }
-  // Goes to the next item with a sealed page in this block's range, from place fetch.at on.
+  // Goes to the next sealed page of this block's range, from the cursor's own item on; fetch.at is the cursor's place.
   KAKEYA_D void fetch_item() {
     while (fetch.at < end) {
-      fetch.cursor = seek(fetch.at);
       const AttendCursor &c = fetch.cursor;
       fetch.left = min(end - fetch.at, c.pages - c.unit);
       if (fetch.left > 0 && rows_of(c.sequence) > chunk_row) {
@@ -581,6 +593,7 @@ struct Attend {
         return fetch_look_up();
       }
       fetch.at += c.units - c.unit;
+      if (fetch.at < end) fetch.cursor = following(c);
     }
     fetch.more = 0;
   }
@@ -589,9 +602,7 @@ struct Attend {
     const AttendCursor &c = fetch.cursor;
     fetch_block = __ldg(p.block_table + c.sequence * p.block_table_stride + c.unit);
   }
-  KAKEYA_D uint32_t stage_at(int stage) const {
-    return shared + M::kStages + stage * stage_bytes;
-  }
+  KAKEYA_D uint32_t stage_at(int stage) const { return shared + M::kStages + stage * stage_bytes; }
   // Starts the transfer of the next sealed page, if there is one. From sm_90 on thread 0 alone calls this.
   KAKEYA_D void fetch_page() {
     if (fetch.more) {
@@ -618,6 +629,7 @@ struct Attend {
         fetch_look_up();
       } else {
         fetch.at += fetch.cursor.units - fetch.cursor.unit - 1;
+        if (fetch.at < end) fetch.cursor = following(fetch.cursor);
         fetch_item();
       }
     }
@@ -628,7 +640,8 @@ struct Attend {
 #if !KAKEYA_BULK
   KAKEYA_D void copy_async(uint32_t dst, const void *src, uint32_t bytes) const {
     for (uint32_t i = 16 * thread; i < bytes; i += 16 * S::kThreads)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst + i), "l"(static_cast<const uint8_t *>(src) + i)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst + i),
+                   "l"(static_cast<const uint8_t *>(src) + i)
                    : "memory");
   }
 #endif
@@ -642,14 +655,11 @@ struct Attend {
 #endif
   }
 
-  // ---- a segment's own values ------------------------------------------------------------------------------------------
+  // ---- a segment's own values
+  // ------------------------------------------------------------------------------------------
 
-  KAKEYA_D float grid_alpha(int width) const {
-    return __uint_as_float(t.at<uint32_t>(t.grids)[4 * width]);
-  }
-  KAKEYA_D float grid_beta(int width) const {
-    return __uint_as_float(t.at<uint32_t>(t.grids)[4 * width + 1]);
-  }
+  KAKEYA_D float grid_alpha(int width) const { return __uint_as_float(t.at<uint32_t>(t.grids)[4 * width]); }
+  KAKEYA_D float grid_beta(int width) const { return __uint_as_float(t.at<uint32_t>(t.grids)[4 * width + 1]); }
 
   // Offset of unit u from its group's start, bytes of all of a group's units, and how far before u the last unit with
   // codes begins (0: there is none).
@@ -663,21 +673,17 @@ struct Attend {
     back = back ? offset - (back - 1) : 0;
   }
 
-  KAKEYA_D bool is_f16() const {
-    return p.element == kF16;
-  }
+  KAKEYA_D bool is_f16() const { return p.element == kF16; }
   KAKEYA_D float load_element(const void *base, int64_t at) const {
     return is_f16() ? __half2float(static_cast<const __half *>(base)[at])
                     : __bfloat162float(static_cast<const __nv_bfloat16 *>(base)[at]);
   }
 
   // Canonical channels of pair f: the pair's own if it rotates, else two that do not.
-  KAKEYA_D int2 pair_channels(int f) const {
-    return f < pairs ? make_int2(f, f + pairs) : make_int2(2 * f, 2 * f + 1);
-  }
+  KAKEYA_D int2 pair_channels(int f) const { return f < pairs ? make_int2(f, f + pairs) : make_int2(2 * f, 2 * f + 1); }
 
-  // Where the registers of (column, t') lie among a unit's 32: plain order would put the four rows of a channel into one
-  // bank when they are stored. Lanes still read 128 neighbouring bytes at a time.
+  // Where the registers of (column, t') lie among a unit's 32: plain order would put the four rows of a channel into
+  // one bank when they are stored. Lanes still read 128 neighbouring bytes at a time.
   static KAKEYA_D int register_slot(int column, int t) {
     const int r = column >> 1;
     return 8 * r + 4 * ((column & 1) ^ (r >> 1 & 1)) + (t ^ (r & 3));
@@ -693,9 +699,7 @@ struct Attend {
     return uint32_t((u * 32 + register_slot(column, i & 3)) * kRegs * 4 + (i >> 2) * 4);
   }
   // From row r's place to row r + 4's, where rows are columns.
-  static KAKEYA_D uint32_t four_rows_on(uint32_t place) {
-    return (place ^ 6 * kRegs * 4) + 16 * kRegs * 4;
-  }
+  static KAKEYA_D uint32_t four_rows_on(uint32_t place) { return (place ^ 6 * kRegs * 4) + 16 * kRegs * 4; }
 
   KAKEYA_D void begin_segment(const AttendCursor &c) {
     const HeadView h = head_view(t, p.layer, p.first_head + c.head);
@@ -787,14 +791,13 @@ struct Attend {
       }
     }
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n)
+    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
+    for (int e = 0; e < NC; ++e) {
+      sum[n][e] = 0.0f;
+      column_peak[n][e] = kNoScore;
       KAKEYA_UNROLL
-      for (int e = 0; e < NC; ++e) {
-        sum[n][e] = 0.0f;
-        column_peak[n][e] = kNoScore;
-        KAKEYA_UNROLL
-        for (int i = 0; i < S::kTiles; ++i) out[n][i][0][e] = out[n][i][1][e] = 0.0f;
-      }
+      for (int i = 0; i < S::kTiles; ++i) out[n][i][0][e] = out[n][i][1][e] = 0.0f;
+    }
     KAKEYA_UNROLL
     for (int e = 0; e < kScores; ++e) peak[e] = kNoScore;
     if constexpr (R::kSplit) {
@@ -805,9 +808,7 @@ struct Attend {
   }
 
   // A wide K unit goes with a narrow V unit: channels are in falling order of width.
-  KAKEYA_D int value_unit() const {
-    return S::kUnits - 1 - unit;
-  }
+  KAKEYA_D int value_unit() const { return S::kUnits - 1 - unit; }
 
   // Two values as fp16, in one register `a` or in halves of two, `a` and `b`. The first returns what fp16 left over.
   static KAKEYA_D float2 store_pair(uint32_t a, float x, float y) {
@@ -822,7 +823,8 @@ struct Attend {
   }
 
   // Prepares the page at shared address `at`: reads its statistics, writes query and mean registers of buffer `j`, and
-  // value registers of buffer `value`. Threads in fours share a channel pair of K and two channels of V; each of the four also has its rows.
+  // value registers of buffer `value`. Threads in fours share a channel pair of K and two channels of V; each of the
+  // four also has its rows.
   template <bool CALIBRATED>
   KAKEYA_D void prepare(uint32_t at, int j, uint32_t value) {
     if (2 * D < S::kThreads && thread >= 2 * D) return;
@@ -863,9 +865,8 @@ struct Attend {
       const auto bounded = [](float x) { return CALIBRATED ? x : clamp_half(x); };
       store_two(query + tile + at_a, query + tile + at_b, bounded(a * scale_a), bounded(b * scale_b));
       // The mean turned by offset o, times the query: cos o (a m_a + b m_b) + sin o (b m_a - a m_b).
-      const float2 rest =
-          store_pair(means + tile + at_m, bounded((a * base_a + b * base_b) * kMeanScale),
-                     bounded((b * base_a - a * base_b) * kMeanScale));
+      const float2 rest = store_pair(means + tile + at_m, bounded((a * base_a + b * base_b) * kMeanScale),
+                                     bounded((b * base_a - a * base_b) * kMeanScale));
       const uint32_t low = R::kSplit ? at_m ^ kLowFlip : at_m + tile + NB * kTileBytes;
       sts_u32(means + low, pack_half(rest.x, rest.y));
     }
@@ -888,7 +889,8 @@ struct Attend {
     }
   }
 
-  // ---- scores ----------------------------------------------------------------------------------------------------------
+  // ---- scores
+  // ----------------------------------------------------------------------------------------------------------
 
   // This warp's unit of the registers at `base`.
   KAKEYA_D void load_regs(uint32_t (&r)[kRegs], uint32_t base) const {
@@ -908,18 +910,17 @@ struct Attend {
 
   KAKEYA_D void store_scores(int j, const float (&acc)[NB][4][4]) const {
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n)
-      KAKEYA_UNROLL
-      for (int m = 0; m < 4; ++m) {
-        const uint32_t a = score_at(j, n, unit, 64 * half + 16 * m + g) + (R::kSplit ? 4 : 8) * t4;
-        if constexpr (R::kSplit) {
-          sts_f32(a, acc[n][m][0] + acc[n][m][1]);
-          sts_f32(a + 8 * 16, acc[n][m][2] + acc[n][m][3]);
-        } else {
-          sts_f32x2(a, acc[n][m][0], acc[n][m][1]);
-          sts_f32x2(a + 8 * 32, acc[n][m][2], acc[n][m][3]);
-        }
+    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
+    for (int m = 0; m < 4; ++m) {
+      const uint32_t a = score_at(j, n, unit, 64 * half + 16 * m + g) + (R::kSplit ? 4 : 8) * t4;
+      if constexpr (R::kSplit) {
+        sts_f32(a, acc[n][m][0] + acc[n][m][1]);
+        sts_f32(a + 8 * 16, acc[n][m][2] + acc[n][m][3]);
+      } else {
+        sts_f32x2(a, acc[n][m][0], acc[n][m][1]);
+        sts_f32x2(a + 8 * 32, acc[n][m][2], acc[n][m][3]);
       }
+    }
   }
 
   // Partial scores of this warp's unit with width W.
@@ -952,19 +953,17 @@ struct Attend {
         for (int k = 0; k < 4; ++k) zero[k] *= -1.0f / kScoreUnit;
       }
       KAKEYA_UNROLL
-      for (int m = 0; m < 4; ++m)
-        KAKEYA_UNROLL
-        for (int k = 0; k < 4; ++k) acc[n][m][k] = zero[k];
+      for (int m = 0; m < 4; ++m) KAKEYA_UNROLL
+      for (int k = 0; k < 4; ++k) acc[n][m][k] = zero[k];
     }
     KAKEYA_UNROLL
     for (int n = 0; n < R::kMeanTiles; ++n) {
       uint32_t b[kRegs];
       load_regs(b, shared + M::kMean + j * M::kMeanBytes + n * kTileBytes);
       KAKEYA_UNROLL
-      for (int m = 0; m < 4; ++m)
-        KAKEYA_UNROLL
-        for (int i = 0; i < S::kTiles; ++i)
-          mma(acc[n % NB][m], table[m][i][0], table[m][i][1], table[m][i][2], table[m][i][3], b[2 * i], b[2 * i + 1]);
+      for (int m = 0; m < 4; ++m) KAKEYA_UNROLL
+      for (int i = 0; i < S::kTiles; ++i)
+        mma(acc[n % NB][m], table[m][i][0], table[m][i][1], table[m][i][2], table[m][i][3], b[2 * i], b[2 * i + 1]);
     }
     if constexpr (W > 0) {
       KAKEYA_UNROLL
@@ -995,13 +994,20 @@ struct Attend {
 
   KAKEYA_D void scores(const uint32_t (&page)[kRound], int count) const {
     switch (k_width) {  // the same for the whole warp and for as long as the head stays
-      case 0: return score_round<0>(page, count);
-      case 1: return score_round<1>(page, count);
-      case 2: return score_round<2>(page, count);
-      case 3: return score_round<3>(page, count);
-      case 4: return score_round<4>(page, count);
-      case 5: return score_round<5>(page, count);
-      default: return score_round<6>(page, count);
+      case 0:
+        return score_round<0>(page, count);
+      case 1:
+        return score_round<1>(page, count);
+      case 2:
+        return score_round<2>(page, count);
+      case 3:
+        return score_round<3>(page, count);
+      case 4:
+        return score_round<4>(page, count);
+      case 5:
+        return score_round<5>(page, count);
+      default:
+        return score_round<6>(page, count);
     }
   }
 
@@ -1045,15 +1051,12 @@ struct Attend {
     }
   }
 
-  // ---- softmax -----------------------------------------------------------------------------------------------------------
+  // ---- softmax
+  // -----------------------------------------------------------------------------------------------------------
 
   // Token of this thread, and the row of its i-th probability.
-  KAKEYA_D int my_token() const {
-    return warp * (kBlock / S::kWarps) + lane / kTokenLanes;
-  }
-  KAKEYA_D int my_row(int i) const {
-    return i / kSums * 8 + lane % kTokenLanes * kSums + i % kSums;
-  }
+  KAKEYA_D int my_token() const { return warp * (kBlock / S::kWarps) + lane / kTokenLanes; }
+  KAKEYA_D int my_row(int i) const { return i / kSums * 8 + lane % kTokenLanes * kSums + i % kSums; }
 
   // This thread's scores in units of log2: the sum over units.
   KAKEYA_D void gather_scores(int j, float (&s)[kScores], float unit_scale) const {
@@ -1169,27 +1172,27 @@ struct Attend {
     for (int i = 0; i < kScores; ++i)
       for (int w = 0; w < S::kWarps; ++w) peak[i] = fmaxf(peak[i], lds_f32(maxima + (w * 16 + my_row(i)) * 4));
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n)
+    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
+    for (int e = 0; e < NC; ++e) {
+      const int row = R::kSplit ? t4 : 8 * n + 2 * t4 + e;
+      float x = column_peak[n][e];
+      for (int w = 0; w < S::kWarps; ++w) x = fmaxf(x, lds_f32(maxima + (w * 16 + row) * 4));
+      const float fade = exp2_fast(column_peak[n][e] - x);
+      column_peak[n][e] = x;
+      sum[n][e] *= fade;
       KAKEYA_UNROLL
-      for (int e = 0; e < NC; ++e) {
-        const int row = R::kSplit ? t4 : 8 * n + 2 * t4 + e;
-        float x = column_peak[n][e];
-        for (int w = 0; w < S::kWarps; ++w) x = fmaxf(x, lds_f32(maxima + (w * 16 + row) * 4));
-        const float fade = exp2_fast(column_peak[n][e] - x);
-        column_peak[n][e] = x;
-        sum[n][e] *= fade;
-        KAKEYA_UNROLL
-        for (int i = 0; i < S::kTiles; ++i) {
-          out[n][i][0][e] *= fade, out[n][i][1][e] *= fade;
-          if constexpr (RAW) {
-            raw[n][i][e] *= fade, raw[n][i][e + 2] *= fade;
-            if constexpr (R::kSplit) raw[n][i][1] *= fade, raw[n][i][3] *= fade;
-          }
+      for (int i = 0; i < S::kTiles; ++i) {
+        out[n][i][0][e] *= fade, out[n][i][1][e] *= fade;
+        if constexpr (RAW) {
+          raw[n][i][e] *= fade, raw[n][i][e + 2] *= fade;
+          if constexpr (R::kSplit) raw[n][i][1] *= fade, raw[n][i][3] *= fade;
         }
       }
+    }
   }
 
-  // ---- values ------------------------------------------------------------------------------------------------------------
+  // ---- values
+  // ------------------------------------------------------------------------------------------------------------
 
   KAKEYA_D void load_probs(int j, uint32_t (&b)[8], int tile) const {
     uint32_t x[4];
@@ -1218,9 +1221,8 @@ struct Attend {
       KAKEYA_UNROLL
       for (int e = 0; e < 4; ++e) total[n][e] = 0.0f;
       KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i)
-        KAKEYA_UNROLL
-        for (int e = 0; e < 4; ++e) acc[n][i][e] = 0.0f;
+      for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
+      for (int e = 0; e < 4; ++e) acc[n][i][e] = 0.0f;
     }
     if (used) value_slots<W>(j, acc, page);
     constexpr uint32_t ones = 0x3c003c00u;
@@ -1242,29 +1244,25 @@ struct Attend {
       }
     }
     KAKEYA_UNROLL
-    for (int i = 0; i < 4; ++i)
-      KAKEYA_UNROLL
-      for (int n = 0; n < NB; ++n) mma(total[n], ones, ones, ones, ones, b[n][2 * i], b[n][2 * i + 1]);
+    for (int i = 0; i < 4; ++i) KAKEYA_UNROLL
+    for (int n = 0; n < NB; ++n) mma(total[n], ones, ones, ones, ones, b[n][2 * i], b[n][2 * i + 1]);
     const uint32_t parameters = shared + M::kValue + buffer * (D * 8) + (value_unit() * S::kUnitChannels + g) * 8;
     KAKEYA_UNROLL
-    for (int i = 0; i < S::kTiles; ++i)
+    for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const uint2 x = lds_u64(parameters + (16 * i + 8 * r) * 8);
+      const float scale = __uint_as_float(x.x), offset = __uint_as_float(x.y);
       KAKEYA_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const uint2 x = lds_u64(parameters + (16 * i + 8 * r) * 8);
-        const float scale = __uint_as_float(x.x), offset = __uint_as_float(x.y);
-        KAKEYA_UNROLL
-        for (int n = 0; n < NB; ++n)
-          KAKEYA_UNROLL
-          for (int e = 0; e < NC; ++e) {
-            float &o = out[n][i][r][e];
-            o = fmaf(scale, acc[n][i][2 * r + e], o);
-            o = fmaf(offset, total[n][e], o);
-          }
+      for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
+      for (int e = 0; e < NC; ++e) {
+        float &o = out[n][i][r][e];
+        o = fmaf(scale, acc[n][i][2 * r + e], o);
+        o = fmaf(offset, total[n][e], o);
       }
+    }
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n)
-      KAKEYA_UNROLL
-      for (int e = 0; e < NC; ++e) sum[n][e] += total[n][e];
+    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
+    for (int e = 0; e < NC; ++e) sum[n][e] += total[n][e];
   }
 
   template <int W>
@@ -1275,13 +1273,20 @@ struct Attend {
 
   KAKEYA_D void values(const uint32_t (&page)[kRound], uint32_t buffer, int count) {
     switch (v_width) {
-      case 0: return value_round<0>(page, buffer, count);
-      case 1: return value_round<1>(page, buffer, count);
-      case 2: return value_round<2>(page, buffer, count);
-      case 3: return value_round<3>(page, buffer, count);
-      case 4: return value_round<4>(page, buffer, count);
-      case 5: return value_round<5>(page, buffer, count);
-      default: return value_round<6>(page, buffer, count);
+      case 0:
+        return value_round<0>(page, buffer, count);
+      case 1:
+        return value_round<1>(page, buffer, count);
+      case 2:
+        return value_round<2>(page, buffer, count);
+      case 3:
+        return value_round<3>(page, buffer, count);
+      case 4:
+        return value_round<4>(page, buffer, count);
+      case 5:
+        return value_round<5>(page, buffer, count);
+      default:
+        return value_round<6>(page, buffer, count);
     }
   }
 
@@ -1306,7 +1311,8 @@ struct Attend {
     }
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n) {
-      const uint32_t p0 = lds_u16(prob_at(j, n, int(token[0])) + 2 * g), p1 = lds_u16(prob_at(j, n, int(token[1])) + 2 * g);
+      const uint32_t p0 = lds_u16(prob_at(j, n, int(token[0])) + 2 * g),
+                     p1 = lds_u16(prob_at(j, n, int(token[1])) + 2 * g);
       const uint32_t b = half_mul(p0 | p1 << 16, scale[0] | scale[1] << 16);
       KAKEYA_UNROLL
       for (int i = 0; i < S::kTiles; ++i) {
@@ -1322,7 +1328,8 @@ struct Attend {
     }
   }
 
-  // ---- open blocks -------------------------------------------------------------------------------------------------------
+  // ---- open blocks
+  // -------------------------------------------------------------------------------------------------------
 
   // Rows of one stream of an open block, for one head.
   KAKEYA_D const uint16_t *open_rows(int slot, int stream, int head) const {
@@ -1339,9 +1346,8 @@ struct Attend {
     const uint16_t *k = open_rows(slot, 0, c.head), *v = open_rows(slot, 1, c.head);
     float acc[NB][4][4];
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n)
-      KAKEYA_UNROLL
-      for (int m = 0; m < 4; ++m) acc[n][m][0] = acc[n][m][1] = acc[n][m][2] = acc[n][m][3] = 0.0f;
+    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
+    for (int m = 0; m < 4; ++m) acc[n][m][0] = acc[n][m][1] = acc[n][m][2] = acc[n][m][3] = 0.0f;
     uint32_t q[NB][kRegs];
     KAKEYA_UNROLL
     for (int n = 0; n < NB; ++n) load_regs(q[n], shared + M::kRawQuery + n * kTileBytes);
@@ -1350,17 +1356,15 @@ struct Attend {
       const int token = 64 * half + 16 * m + g;
       uint32_t a[S::kTiles][4];
       KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i)
-        KAKEYA_UNROLL
-        for (int r = 0; r < 4; ++r) {
-          const int row = token + 8 * (r & 1), channel = unit * S::kUnitChannels + 16 * i + 8 * (r >> 1) + 2 * t4;
-          a[i][r] = row < tokens ? *reinterpret_cast<const uint32_t *>(k + row * D + channel) : 0u;
-        }
+      for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const int row = token + 8 * (r & 1), channel = unit * S::kUnitChannels + 16 * i + 8 * (r >> 1) + 2 * t4;
+        a[i][r] = row < tokens ? *reinterpret_cast<const uint32_t *>(k + row * D + channel) : 0u;
+      }
       KAKEYA_UNROLL
-      for (int n = 0; n < NB; ++n)
-        KAKEYA_UNROLL
-        for (int i = 0; i < S::kTiles; ++i)
-          mma_element(is_f16(), acc[n][m], a[i][0], a[i][1], a[i][2], a[i][3], q[n][2 * i], q[n][2 * i + 1]);
+      for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
+      for (int i = 0; i < S::kTiles; ++i)
+        mma_element(is_f16(), acc[n][m], a[i][0], a[i][1], a[i][2], a[i][3], q[n][2 * i], q[n][2 * i + 1]);
     }
     store_scores(0, acc);
     __syncthreads();
@@ -1406,7 +1410,8 @@ struct Attend {
     __syncthreads();  // the next block's scores and probabilities may be written
   }
 
-  // ---- results -----------------------------------------------------------------------------------------------------------
+  // ---- results
+  // -----------------------------------------------------------------------------------------------------------
 
   static constexpr int kRecord = ROWS * (D + 2);
   static constexpr int kLane = D / 32;  // channels of a lane
@@ -1420,27 +1425,25 @@ struct Attend {
     for (int h = 0; h < 2; ++h) {
       if (half == h) {
         KAKEYA_UNROLL
-        for (int n = 0; n < NB; ++n)
+        for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
+        for (int e = 0; e < NC; ++e) {
+          const int row = R::kSplit ? t4 : 8 * n + 2 * t4 + e;
           KAKEYA_UNROLL
-          for (int e = 0; e < NC; ++e) {
-            const int row = R::kSplit ? t4 : 8 * n + 2 * t4 + e;
-            KAKEYA_UNROLL
-            for (int i = 0; i < S::kTiles; ++i)
-              KAKEYA_UNROLL
-              for (int r = 0; r < 2; ++r) {
-                const uint32_t a = coded + (row * D + order[16 * i + 8 * r + g]) * 4;
-                const uint32_t b = plain + (row * D + value_unit() * S::kUnitChannels + 16 * i + 2 * g + r) * 4;
-                const float x = out[n][i][r][e];
-                const float y = R::kSplit ? raw[n][i][2 * r] + raw[n][i][2 * r + 1] : raw[n][i][2 * r + e];
-                sts_f32(a, h ? x + lds_f32(a) : x);
-                sts_f32(b, h ? y + lds_f32(b) : y);
-              }
-            if (unit == 0 && g == 0) {
-              const uint32_t a = stats + row * 8;
-              sts_f32(a, column_peak[n][e]);
-              sts_f32(a + 4, h ? sum[n][e] + lds_f32(a + 4) : sum[n][e]);
-            }
+          for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            const uint32_t a = coded + (row * D + order[16 * i + 8 * r + g]) * 4;
+            const uint32_t b = plain + (row * D + value_unit() * S::kUnitChannels + 16 * i + 2 * g + r) * 4;
+            const float x = out[n][i][r][e];
+            const float y = R::kSplit ? raw[n][i][2 * r] + raw[n][i][2 * r + 1] : raw[n][i][2 * r + e];
+            sts_f32(a, h ? x + lds_f32(a) : x);
+            sts_f32(b, h ? y + lds_f32(b) : y);
           }
+          if (unit == 0 && g == 0) {
+            const uint32_t a = stats + row * 8;
+            sts_f32(a, column_peak[n][e]);
+            sts_f32(a + 4, h ? sum[n][e] + lds_f32(a + 4) : sum[n][e]);
+          }
+        }
       }
       __syncthreads();
     }
@@ -1454,21 +1457,19 @@ struct Attend {
       KAKEYA_UNROLL
       for (int i = 0; i < kLane; ++i) x[i] = lds_f32(coded + (row * D + kLane * lane + i) * 4);
       KAKEYA_UNROLL
-      for (int k = 1; k < kLane; k *= 2)
-        KAKEYA_UNROLL
-        for (int i = 0; i < kLane; ++i)
-          if (!(i & k)) {
-            const float a = x[i], b = x[i + k];
-            x[i] = a + b;
-            x[i + k] = a - b;
-          }
-      KAKEYA_UNROLL
-      for (int k = 1; k < 32; k *= 2)
-        KAKEYA_UNROLL
-        for (int i = 0; i < kLane; ++i) {
-          const float y = __shfl_xor_sync(~0u, x[i], k);
-          x[i] = lane & k ? y - x[i] : x[i] + y;
+      for (int k = 1; k < kLane; k *= 2) KAKEYA_UNROLL
+      for (int i = 0; i < kLane; ++i)
+        if (!(i & k)) {
+          const float a = x[i], b = x[i + k];
+          x[i] = a + b;
+          x[i + k] = a - b;
         }
+      KAKEYA_UNROLL
+      for (int k = 1; k < 32; k *= 2) KAKEYA_UNROLL
+      for (int i = 0; i < kLane; ++i) {
+        const float y = __shfl_xor_sync(~0u, x[i], k);
+        x[i] = lane & k ? y - x[i] : x[i] + y;
+      }
       constexpr float root = D == 64 ? 0.125f : D == 128 ? 0.088388347648f : 0.0625f;
       KAKEYA_UNROLL
       for (int i = 0; i < kLane; ++i) x[i] = x[i] * root + lds_f32(plain + (row * D + kLane * lane + i) * 4);
@@ -1492,8 +1493,8 @@ struct Attend {
                    int64_t(c.head * p.group + r % p.group) * p.out_head_stride + kLane * lane;
     KAKEYA_UNROLL
     for (int i = 0; i < kLane; i += 2)
-      *reinterpret_cast<uint32_t *>(at + i) = is_f16() ? pack_half(x[i] * factor, x[i + 1] * factor)
-                                                       : pack_bf16(x[i] * factor, x[i + 1] * factor);
+      *reinterpret_cast<uint32_t *>(at + i) =
+          is_f16() ? pack_half(x[i] * factor, x[i + 1] * factor) : pack_bf16(x[i] * factor, x[i + 1] * factor);
   }
 
   // Counts this block in; the last of an item's blocks adds up all parts.
@@ -1535,29 +1536,24 @@ struct Attend {
     }
   }
 
-  KAKEYA_D int total_units() const {
-    return cumulative[p.num_seqs] * p.num_kv_heads;
-  }
+  KAKEYA_D int total_units() const { return cumulative[p.num_seqs] * p.num_kv_heads; }
   // Thread blocks that have units: all, or one a unit. None between two of an item's is idle, so merge() can count.
-  KAKEYA_D int64_t working_blocks() const {
-    return min(int64_t(gridDim.x), int64_t(total_units()));
-  }
+  KAKEYA_D int64_t working_blocks() const { return min(int64_t(gridDim.x), int64_t(total_units())); }
 
-  // ---- all of it ---------------------------------------------------------------------------------------------------------
+  // ---- all of it
+  // ---------------------------------------------------------------------------------------------------------
 
   KAKEYA_D void load_table() {
     KAKEYA_UNROLL
-    for (int m = 0; m < 4; ++m)
-      KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i)
-        KAKEYA_UNROLL
-        for (int r = 0; r < 4; ++r) {
-          const int token = 64 * half + 16 * m + g + 8 * (r & 1), f = unit * S::kUnitPairs + 8 * i + 4 * (r >> 1) + t4;
-          const bool turns = f < pairs;
-          const float cos = turns ? t.at<float>(t.offset_cos)[token * pairs + f] : 1.0f;
-          const float sin = turns ? t.at<float>(t.offset_sin)[token * pairs + f] : 0.0f;
-          table[m][i][r] = pack_half(cos * kTableScale, sin * kTableScale);
-        }
+    for (int m = 0; m < 4; ++m) KAKEYA_UNROLL
+    for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int token = 64 * half + 16 * m + g + 8 * (r & 1), f = unit * S::kUnitPairs + 8 * i + 4 * (r >> 1) + t4;
+      const bool turns = f < pairs;
+      const float cos = turns ? t.at<float>(t.offset_cos)[token * pairs + f] : 1.0f;
+      const float sin = turns ? t.at<float>(t.offset_sin)[token * pairs + f] : 0.0f;
+      table[m][i][r] = pack_half(cos * kTableScale, sin * kTableScale);
+    }
   }
 
   KAKEYA_D void run() {
@@ -1582,8 +1578,8 @@ struct Attend {
     load_table();
     int stage = 0;
     uint32_t parity = 0;
+    AttendCursor c = seek(begin);
     for (int at = begin; at < end;) {
-      const AttendCursor c = seek(at);
       const int count = min(end - at, c.units - c.unit);
       if (rows_of(c.sequence) > chunk_row) {
         if (calibrated)
@@ -1592,12 +1588,14 @@ struct Attend {
           segment<false>(c, count, at, stage, parity);
       }
       at += count;
+      if (at < end) c = following(c);
     }
   }
 
   // Waits for up to kRound pages and prepares them; leaves where they are and how many in `page` and `count`.
   template <bool CALIBRATED>
-  KAKEYA_D void next_round(int left, int &stage, uint32_t &parity, uint32_t buffer, uint32_t (&page)[kRound], int &count) {
+  KAKEYA_D void next_round(int left, int &stage, uint32_t &parity, uint32_t buffer, uint32_t (&page)[kRound],
+                           int &count) {
     count = min(left, kRound);
     KAKEYA_UNROLL
     for (int j = 0; j < kRound; ++j) {
@@ -1653,11 +1651,9 @@ struct Attend {
       buffer ^= kRound;
     }
     KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n)
-      KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i)
-        KAKEYA_UNROLL
-        for (int e = 0; e < 4; ++e) raw[n][i][e] = 0.0f;
+    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
+    for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
+    for (int e = 0; e < 4; ++e) raw[n][i][e] = 0.0f;
     if (c.unit + count > c.pages) prepare_raw(c);
     for (int u = max(c.unit, c.pages); u < c.unit + count; ++u) {
       __syncthreads();

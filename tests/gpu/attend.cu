@@ -101,14 +101,14 @@ static Kernel shape_of(const void *entry) {
 }
 
 static Kernel kernel_of(int d, int q, int rows) {
-#define PICK(D, QQ, NAME)                                                                                    \
-  if (d == D && q == QQ)                                                                                     \
-  return rows <= 4   ? shape_of<D, 4>((const void *)kakeya_attend_d##D##_##NAME##_r4)                        \
-         : rows <= 8 ? shape_of<D, 8>((const void *)kakeya_attend_d##D##_##NAME##_r8)                        \
+#define PICK(D, QQ, NAME)                                                             \
+  if (d == D && q == QQ)                                                              \
+  return rows <= 4   ? shape_of<D, 4>((const void *)kakeya_attend_d##D##_##NAME##_r4) \
+         : rows <= 8 ? shape_of<D, 8>((const void *)kakeya_attend_d##D##_##NAME##_r8) \
                      : shape_of<D, 16>((const void *)kakeya_attend_d##D##_##NAME##_r16)
-#define PICK_ALL(D)            \
-  PICK(D, kUniform, uniform);  \
-  PICK(D, kCubic, cubic);      \
+#define PICK_ALL(D)           \
+  PICK(D, kUniform, uniform); \
+  PICK(D, kCubic, cubic);     \
   PICK(D, kTrellis, trellis)
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 64
   PICK_ALL(64);
@@ -342,13 +342,14 @@ static int check_all(const std::vector<File> &files, bool small) {
         std::vector<Sequence> s;
         for (int len : {1, 2, 127, 128, 129, 255, 256, 257, 300, 1000, 2047, 4096, 4097})
           if (!small || len < 400) s.push_back({std::max(len, tokens), tokens});
-        s.insert(s.begin() + 3, Sequence{0, 0});        // padding
+        s.insert(s.begin() + 3, Sequence{0, 0});               // padding
         s.push_back({700 + tokens, std::max(1, tokens - 1)});  // mixed numbers of tokens
         const double e = check(f, s, group, 1000 * group + tokens);
         worst = std::max(worst, e);
         const bool ok = e >= 0 && e < 2e-3;
         bad += !ok;
-        if (!ok || tokens == 1) printf("%s %-32s group %2d tokens %d: %.2e\n", ok ? "ok  " : "FAIL", f.name.c_str(), group, tokens, e);
+        if (!ok || tokens == 1)
+          printf("%s %-32s group %2d tokens %d: %.2e\n", ok ? "ok  " : "FAIL", f.name.c_str(), group, tokens, e);
       }
     if (!small)
       for (int len : {16384, 131072}) {
@@ -385,7 +386,8 @@ static double copy_bandwidth() {
 }
 
 __global__ void spread(uint8_t *to, const uint8_t *from, size_t bytes, size_t total) {
-  for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 16; i < total; i += size_t(gridDim.x) * blockDim.x * 16)
+  for (size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 16; i < total;
+       i += size_t(gridDim.x) * blockDim.x * 16)
     *reinterpret_cast<uint4 *>(to + i) = *reinterpret_cast<const uint4 *>(from + i % bytes);
 }
 
@@ -457,8 +459,10 @@ static void bench(const File &f, int batch, int context, int group, double copy)
   std::sort(us.begin(), us.end());
   const double t = us[us.size() / 2], gb = layer / t / 1e3;
   const double bf16 = 4.0 * blocks * kBlock * heads * d / (copy * 1e3);
-  printf("%-30s batch %3d context %6d group %2d: %8.2f us (%.2f..%.2f)  %6.0f GB/s of pages, %.1f %% of copy, %.2fx bf16 at copy speed, %d stages\n",
-         f.name.c_str(), batch, context, group, t, us[0], us.back(), gb, 100 * gb / copy, bf16 / t, launch.stages);
+  printf(
+      "%-30s batch %3d context %6d group %2d: %8.2f us (%.2f..%.2f)  %6.0f GB/s of pages, %.1f %% of copy, %.2fx bf16 "
+      "at copy speed, %d stages\n",
+      f.name.c_str(), batch, context, group, t, us[0], us.back(), gb, 100 * gb / copy, bf16 / t, launch.stages);
   fflush(stdout);
   CUDA(cudaGraphExecDestroy(exec));
   CUDA(cudaGraphDestroy(graph));

@@ -22,7 +22,18 @@ fn main() -> std::io::Result<()> {
     let lloyd = "kakeya-4.6x-lloyd-max";
     for (d, rotary, names) in [
         (64, 64, vec!["kakeya-4.6x", uniform, lloyd, "kakeya-free-4.6x"]),
-        (128, 128, vec!["kakeya-4.6x", uniform, lloyd, "kakeya-free-4.6x", "kakeya-6.4x-uniform", "kakeya-4.0x-uniform"]),
+        (
+            128,
+            128,
+            vec![
+                "kakeya-4.6x",
+                uniform,
+                lloyd,
+                "kakeya-free-4.6x",
+                "kakeya-6.4x-uniform",
+                "kakeya-4.0x-uniform",
+            ],
+        ),
         (128, 64, vec![uniform]), // partial rotary embedding
         (256, 256, vec!["kakeya-4.6x", uniform]),
     ] {
