@@ -23,6 +23,18 @@ for _name, _value in engines.ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where vLLM runs on a GPU, leave out what is about its engine on the CPU, and the reverse."""
+    from vllm.platforms import current_platform
+
+    on_gpu = current_platform.is_cuda()
+    for item in items:
+        if on_gpu and item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason="about vLLM on the CPU"))
+        if not on_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and vLLM for it"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_artefacts(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Look for calibration artefacts in an empty directory, not in the developer's cache."""

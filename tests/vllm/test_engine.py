@@ -16,6 +16,8 @@ import pytest
 import torch
 from engines import BLOCK, Engine, assert_same_run, engine, tokens
 
+pytestmark = pytest.mark.cpu_only
+
 # Log-probabilities that should agree except for the order of float32 sums.
 EXACT = 1e-3
 OPTIONS = {"skip_tokenizer_init": True, "dtype": "float32"}

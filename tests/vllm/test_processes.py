@@ -18,6 +18,8 @@ import engines
 import pytest
 from engines import assert_same_run, engine, run_elsewhere, tokens
 
+pytestmark = pytest.mark.cpu_only
+
 PROMPTS = [
     "The capital of France is",
     "Once upon a time, there was a small dragon who",

@@ -15,6 +15,8 @@ from kakeya_vllm import register, support, version
 from kakeya_vllm.config import ConfigError
 from kakeya_vllm.support import UnsupportedFeature
 
+pytestmark = pytest.mark.cpu_only
+
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",

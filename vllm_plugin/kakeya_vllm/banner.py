@@ -52,6 +52,10 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     if after:
         ratio = f"{before / after:.2f}x"
         per_token = f"{before:.0f} in {name} -> {after:.1f}, all layers ({ratio})"
+    buffers = []
+    if runtime.cuda is not None:
+        size = _gib(runtime.cuda.nbytes)
+        buffers = [f"  GPU buffers       {size} for attention and prefill ({library.cuda_archs})"]
     return [
         f"KAKEYA {library.version} (libkakeya {library.path}, {library.simd})",
         f"  recipe            {_recipe(runtime)}",
@@ -61,6 +65,7 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
         f"  bytes per token   {per_token}",
         f"  prefill           {settings.prefill}",
         f"  open blocks       {slots} slots, {_gib(pool)} for all layers",
+        *buffers,
         f"  capacity          {tokens} tokens in {kv_cache_config.num_blocks} blocks of "
         f"{block_size}",
     ]
