@@ -3,12 +3,17 @@
 # once they are there). Needs no GPU. nvcc: KAKEYA_NVCC, else the one on the path, else fetched from the package registry
 # into .cache/nvcc.
 #
-#   KAKEYA_CUDA_ARCHS="80 90" scripts/kernels.sh    # only these GPUs, and the portable code for newer ones
+#   scripts/kernels.sh                              # all that a release serves: half an hour on two cores
+#   KAKEYA_CUDA_ARCHS="80 90" scripts/kernels.sh    # only these GPUs, and portable code for newer ones
+#   scripts/kernels.sh here                         # only the GPUs of this machine; what covers them already will do
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 cd "$ROOT"
 
 ARCHS=${KAKEYA_CUDA_ARCHS:-80 86 89 90 100 120}
+if [[ ${1:-} == here && -z ${KAKEYA_CUDA_ARCHS:-} ]]; then
+    ARCHS=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d . | sort -nu | xargs)
+fi
 OUT=$ROOT/target/kernels
 FETCHED=$CACHE/nvcc
 
@@ -32,7 +37,7 @@ find_nvcc() {
     "$nvcc" --version | tail -2
 }
 
-flags=(-fatbin -O3 -std=c++17 -I kernels --compress-mode=size)
+flags=(-fatbin -O3 -std=c++17 -I kernels --compress-mode=size --threads "$(nproc)")
 names=
 for arch in $ARCHS; do
     flags+=(-gencode "arch=compute_$arch,code=sm_$arch")
@@ -74,13 +79,28 @@ build() {
     for job in "${jobs[@]}"; do wait "$job" || failed=1; done
     ((failed == 0)) || die "nvcc failed, see above"
     printf '%s\n' "$names" >"$work/archs.txt"
+    printf '%s\n' "$inputs" >"$work/inputs.txt"
     rm -rf "$OUT"
     mv "$work" "$OUT"
     ls -l "$OUT"
 }
 
+# Whether what is there was made from the same files and serves all of ARCHS.
+covered() {
+    [[ -f $OUT/inputs.txt && $(<"$OUT/inputs.txt") == "$inputs" ]] || return 1
+    local arch
+    for arch in $ARCHS; do [[ " $(<"$OUT/archs.txt") " == *" sm_$arch "* ]] || return 1; done
+}
+
 mkdir -p "$CACHE" target
-find_nvcc
 mapfile -t sources < <(find kernels -type f | LC_ALL=C sort)
-[[ -f $OUT/archs.txt ]] || rm -f "$CACHE/stamps/kernels"
-step kernels "$names $("$nvcc" --version | tail -1) $(digest "${sources[@]}" scripts/kernels.sh)" build
+inputs=$(digest "${sources[@]}" scripts/kernels.sh requirements/nvcc.lock)
+if covered; then
+    echo "== kernels: up to date ($(<"$OUT/archs.txt"))"
+else
+    find_nvcc
+    say "kernels for $names"
+    start=$SECONDS
+    build
+    echo "== kernels: done in $((SECONDS - start)) s"
+fi

@@ -65,7 +65,7 @@ install_engine_gpu() { "$PY" -m pip install --no-deps -r requirements/gpu.lock; 
 install_tools() { "$PY" -m pip install --no-deps -r requirements/dev.lock; }
 
 build_kernels() {
-    scripts/kernels.sh
+    scripts/kernels.sh here
     export KAKEYA_KERNELS=$ROOT/target/kernels
 }
 

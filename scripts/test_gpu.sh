@@ -6,9 +6,10 @@ source "$(dirname "$0")/common.sh"
 cd "$ROOT"
 
 nvidia-smi -L || die "no NVIDIA GPU"
-scripts/kernels.sh
+scripts/kernels.sh here
 nvcc=${KAKEYA_NVCC:-}
-[[ -n $nvcc ]] || nvcc=$(command -v nvcc || echo "$CACHE/nvcc/nvidia/cu13/bin/nvcc")
+[[ -n $nvcc ]] || nvcc=$CACHE/nvcc/nvidia/cu13/bin/nvcc
+[[ -x $nvcc ]] || nvcc=$(command -v nvcc) || die "no nvcc: remove target/kernels and try again"
 arch=sm_$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
 work=$CACHE/gpu
 mkdir -p "$work"

@@ -10,7 +10,7 @@ from typing import Any
 import fake_cuda
 import pytest
 import torch
-from kakeya_vllm import cuda, lib, support
+from kakeya_vllm import cuda, lib, support, version
 from steps import DIM, GROUP, HEADS, Engine, settings
 
 BLOCK = lib.BLOCK_TOKENS
@@ -160,6 +160,7 @@ def test_structures_are_as_large_as_the_library_says(function: str, structure: A
         ({"capability": (7, 5)}, "GPUs before compute capability 8.0"),
         ({"dtype": torch.float32}, "torch.float32 on a GPU (valid: bfloat16, float16)"),
         ({"head_size": 96}, "head_dim 96 on a GPU (valid: (64, 128, 256))"),
+        ({"tried": False}, "vLLM "),
         ({"drafts": 8}, "8 speculative tokens on a GPU (valid: up to 7)"),
     ],
 )
@@ -169,5 +170,13 @@ def test_what_is_refused_on_a_gpu(change: dict[str, Any], feature: str | None) -
     config.model_config.get_head_size = lambda: change.get("head_size", 128)
     capability = change.get("capability", (9, 0))
     platform = SimpleNamespace(has_device_capability=lambda least: capability >= least)
-    found = support._cuda_features(config, platform, change.get("archs", "sm_90"))
+    tried = change.get("tried", True)
+    found = support._cuda_features(config, platform, change.get("archs", "sm_90"), tried)
     assert [text[: len(feature)] for text in found] == [feature] if feature else not found
+
+
+@pytest.mark.parametrize(
+    ("number", "on_gpu"), [("0.33.0", True), ("0.32.0+cpu", False), ("0.34.0", False)]
+)
+def test_vllm_releases_on_a_gpu(number: str, on_gpu: bool) -> None:
+    assert version.allowed_on_gpu(number) == on_gpu

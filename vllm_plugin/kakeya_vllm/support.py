@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kakeya_vllm import lib
+from kakeya_vllm import lib, version
 from kakeya_vllm.lib import BLOCK_TOKENS
 
 # Drafts from these methods come without a model, so no layer of a drafter needs a cache.
@@ -56,11 +56,15 @@ def _platform_features(vllm_config: Any) -> list[str]:
         return []
     if not current_platform.is_cuda():
         return [f"the {current_platform.device_name} platform (valid: CPU, CUDA)"]
-    return _cuda_features(vllm_config, current_platform, lib.load().cuda_archs)
+    archs = lib.load().cuda_archs
+    return _cuda_features(vllm_config, current_platform, archs, version.allowed_on_gpu())
 
 
-def _cuda_features(vllm_config: Any, platform: Any, archs: str) -> list[str]:
-    """What the CPU serves and the kernels do not. ``archs``: what libkakeya has kernels for."""
+def _cuda_features(
+    vllm_config: Any, platform: Any, archs: str, tried_vllm: bool = True
+) -> list[str]:
+    """What the CPU serves and the kernels do not. ``archs``: what libkakeya has kernels for;
+    ``tried_vllm``: whether this vLLM was run on a GPU with KAKEYA."""
     from kakeya_vllm import cuda
 
     model = vllm_config.model_config
@@ -70,6 +74,8 @@ def _cuda_features(vllm_config: Any, platform: Any, archs: str) -> list[str]:
             "with an NVIDIA GPU, or after `make kernels`)"
         ]
     found = []
+    if not tried_vllm:
+        found.append(f"vLLM {version.installed()} on a GPU (valid: 0.33.x)")
     if not platform.has_device_capability(cuda.MIN_CAPABILITY):
         found.append("GPUs before compute capability 8.0")
     if model.dtype not in cuda.DTYPES:

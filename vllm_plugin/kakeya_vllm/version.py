@@ -10,6 +10,7 @@ import os
 
 SUPPORTED = ((0, 32), (0, 33))
 SUPPORTED_TEXT = "0.32.x and 0.33.x"
+SUPPORTED_ON_GPU = ((0, 33),)
 OVERRIDE = "KAKEYA_ALLOW_UNTESTED_VLLM"
 
 
@@ -24,7 +25,7 @@ def installed() -> str:
     return vllm.__version__
 
 
-def is_supported(version: str) -> bool:
+def is_supported(version: str, releases: tuple[tuple[int, int], ...] = SUPPORTED) -> bool:
     """Whether ``version`` (PEP 440) is in the supported range; unreadable versions are not."""
     from packaging.version import InvalidVersion, Version
 
@@ -32,13 +33,19 @@ def is_supported(version: str) -> bool:
         parsed = Version(version)
     except InvalidVersion:
         return False
-    return parsed.release[:2] in SUPPORTED
+    return parsed.release[:2] in releases
 
 
 def allowed(version: str | None = None) -> bool:
     """Whether the plugin may run: a supported release, or the override is set."""
     version = installed() if version is None else version
     return is_supported(version) or os.environ.get(OVERRIDE) == "1"
+
+
+def allowed_on_gpu(version: str | None = None) -> bool:
+    """The same for vLLM's CUDA platform, where fewer releases were tried."""
+    version = installed() if version is None else version
+    return is_supported(version, SUPPORTED_ON_GPU) or os.environ.get(OVERRIDE) == "1"
 
 
 def require(version: str | None = None) -> None:
