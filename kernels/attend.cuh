@@ -776,7 +776,7 @@ struct Attend {
       const uint16_t *natural = t.at<uint16_t>(t.natural);
       const int rows = rows_of(c.sequence);
       const float scale = p.scale * 1.4426950408889634f;
-      KAKEYA_UNROLL
+#pragma unroll
       for (int e = 0; e < R::kPerThread; ++e) {
         const int row = chunk_row + role + 4 * e;
         qa[e] = qb[e] = 0.0f;
@@ -790,15 +790,16 @@ struct Attend {
         }
       }
     }
-    KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
-    for (int e = 0; e < NC; ++e) {
-      sum[n][e] = 0.0f;
-      column_peak[n][e] = kNoScore;
-      KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i) out[n][i][0][e] = out[n][i][1][e] = 0.0f;
-    }
-    KAKEYA_UNROLL
+#pragma unroll
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int e = 0; e < NC; ++e) {
+        sum[n][e] = 0.0f;
+        column_peak[n][e] = kNoScore;
+#pragma unroll
+        for (int i = 0; i < S::kTiles; ++i) out[n][i][0][e] = out[n][i][1][e] = 0.0f;
+      }
+#pragma unroll
     for (int e = 0; e < kScores; ++e) peak[e] = kNoScore;
     if constexpr (R::kSplit) {
       // Odd columns of the query stay zero; an open block of the segment before may have left something there.
@@ -855,7 +856,7 @@ struct Attend {
     const float base_a = __shfl_sync(~0u, base, first), base_b = __shfl_sync(~0u, base, first + 1);
     const uint32_t query = shared + M::kQuery + j * M::kQueryBytes;
     const uint32_t means = shared + M::kMean + j * M::kMeanBytes;
-    KAKEYA_UNROLL
+#pragma unroll
     for (int e = 0; e < R::kPerThread; ++e) {
       const float a = qa[e] * cos + qb[e] * sin, b = qb[e] * cos - qa[e] * sin;
       // Row role + 4 e stands in column (role + 4 e) % 8 of tile e / 2.
@@ -909,18 +910,19 @@ struct Attend {
   }
 
   KAKEYA_D void store_scores(int j, const float (&acc)[NB][4][4]) const {
-    KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
-    for (int m = 0; m < 4; ++m) {
-      const uint32_t a = score_at(j, n, unit, 64 * half + 16 * m + g) + (R::kSplit ? 4 : 8) * t4;
-      if constexpr (R::kSplit) {
-        sts_f32(a, acc[n][m][0] + acc[n][m][1]);
-        sts_f32(a + 8 * 16, acc[n][m][2] + acc[n][m][3]);
-      } else {
-        sts_f32x2(a, acc[n][m][0], acc[n][m][1]);
-        sts_f32x2(a + 8 * 32, acc[n][m][2], acc[n][m][3]);
+#pragma unroll
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const uint32_t a = score_at(j, n, unit, 64 * half + 16 * m + g) + (R::kSplit ? 4 : 8) * t4;
+        if constexpr (R::kSplit) {
+          sts_f32(a, acc[n][m][0] + acc[n][m][1]);
+          sts_f32(a + 8 * 16, acc[n][m][2] + acc[n][m][3]);
+        } else {
+          sts_f32x2(a, acc[n][m][0], acc[n][m][1]);
+          sts_f32x2(a + 8 * 32, acc[n][m][2], acc[n][m][3]);
+        }
       }
-    }
   }
 
   // Partial scores of this warp's unit with width W.
@@ -928,49 +930,51 @@ struct Attend {
   KAKEYA_D void score_unit(int j, uint32_t page) const {
     const uint32_t used = lds_u8(page + 3);
     uint32_t q[NB][kRegs];
-    KAKEYA_UNROLL
+#pragma unroll
     for (int n = 0; n < NB; ++n) load_regs(q[n], shared + M::kQuery + j * M::kQueryBytes + n * kTileBytes);
     UnitWords words[S::kGroups];
     if constexpr (W > 0) {
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < S::kGroups; ++i)
         words[i] = Dequant<Q, W, kNarrow>::load(page + k_unit + i * k_stride, k_back, lane);
     }
     float acc[NB][4][4];
-    KAKEYA_UNROLL
+#pragma unroll
     for (int n = 0; n < NB; ++n) {
       float zero[4] = {0, 0, 0, 0};
       if constexpr (Q == kUniform && W > 0) {
         // The codes' zero point, (2^W - 1) / 2 of each: the same for all tokens, and where all sums begin.
-        KAKEYA_UNROLL
+#pragma unroll
         for (int i = 0; i < S::kTiles; ++i) {
           constexpr int m = (1 << W) - 1;
           const uint32_t z0 = both(half_constant(m, code_bit(W, 2 * i, kNarrow) - 5));
           const uint32_t z1 = both(half_constant(m, code_bit(W, 2 * i + 1, kNarrow) - 5));
           mma(zero, z0, z0, z1, z1, q[n][2 * i], q[n][2 * i + 1]);
         }
-        KAKEYA_UNROLL
+#pragma unroll
         for (int k = 0; k < 4; ++k) zero[k] *= -1.0f / kScoreUnit;
       }
-      KAKEYA_UNROLL
-      for (int m = 0; m < 4; ++m) KAKEYA_UNROLL
-      for (int k = 0; k < 4; ++k) acc[n][m][k] = zero[k];
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) acc[n][m][k] = zero[k];
     }
-    KAKEYA_UNROLL
+#pragma unroll
     for (int n = 0; n < R::kMeanTiles; ++n) {
       uint32_t b[kRegs];
       load_regs(b, shared + M::kMean + j * M::kMeanBytes + n * kTileBytes);
-      KAKEYA_UNROLL
-      for (int m = 0; m < 4; ++m) KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i)
-        mma(acc[n % NB][m], table[m][i][0], table[m][i][1], table[m][i][2], table[m][i][3], b[2 * i], b[2 * i + 1]);
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int i = 0; i < S::kTiles; ++i)
+          mma(acc[n % NB][m], table[m][i][0], table[m][i][1], table[m][i][2], table[m][i][3], b[2 * i], b[2 * i + 1]);
     }
     if constexpr (W > 0) {
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < S::kGroups; ++i) {
         uint32_t f[4][2];
         Dequant<Q, W, kNarrow>::run(f, words[i], k_alpha, k_beta);
-        KAKEYA_UNROLL
+#pragma unroll
         for (int n = 0; n < NB; ++n) {
           if constexpr (kNarrow) {
             mma(acc[n][2 * i], f[0][0], f[0][1], f[1][0], f[1][1], q[n][0], q[n][1]);
@@ -1029,15 +1033,15 @@ struct Attend {
     }
     if constexpr (Q == kUniform && W > 0) {
       // Uniform queries carry 2^(4 - bit) of their codes.
-      KAKEYA_UNROLL
+#pragma unroll
       for (int c = 0; c < kRegs; ++c)
         if (code_bit(W, c, kNarrow)) e[c] = half_mul(e[c], both(half_constant(1, code_bit(W, c, kNarrow))));
     }
     __syncwarp();  // other lanes have stored this token's partial scores
-    KAKEYA_UNROLL
+#pragma unroll
     for (int n = 0; n < NB; ++n) {
       float acc[4] = {0, 0, 0, 0};
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < S::kTiles; ++i) mma(acc, e[2 * i], 0, e[2 * i + 1], 0, q[n][2 * i], q[n][2 * i + 1]);
       if (int(token >> 6) == half) {
         const uint32_t s = score_at(j, n, unit, int(token)) + (R::kSplit ? 4 : 8) * t4;
@@ -1060,12 +1064,12 @@ struct Attend {
 
   // This thread's scores in units of log2: the sum over units.
   KAKEYA_D void gather_scores(int j, float (&s)[kScores], float unit_scale) const {
-    KAKEYA_UNROLL
+#pragma unroll
     for (int n = 0; n < NB; ++n) {
       float x[kSums];
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < kSums; ++i) x[i] = 0.0f;
-      KAKEYA_UNROLL
+#pragma unroll
       for (int u = 0; u < S::kUnits; ++u) {
         const uint32_t a = score_at(j, n, u, my_token()) + lane % kTokenLanes * kSums * 4;
         if constexpr (kSums == 4) {
@@ -1079,7 +1083,7 @@ struct Attend {
           x[0] += lds_f32(a);
         }
       }
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < kSums; ++i) s[n * kSums + i] = x[i] * unit_scale;
     }
   }
@@ -1091,7 +1095,7 @@ struct Attend {
   // Probabilities of a page: fp16, and zeros in the columns of low parts.
   KAKEYA_D void store_probs(int j, const float (&s)[kScores]) const {
     float e[kScores];
-    KAKEYA_UNROLL
+#pragma unroll
     for (int i = 0; i < kScores; ++i) e[i] = exp2_fast(s[i] - peak[i]);
     const uint32_t a = prob_at(j, 0, my_token());
     if constexpr (R::kSplit) {
@@ -1100,7 +1104,7 @@ struct Attend {
       else
         sts_u32(a + 4 * my_row(0), pack_half(e[0], 0.0f));
     } else {
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < kScores; i += 2)
         sts_u32(a + my_row(i) / 8 * M::kTileProbBytes + my_row(i) % 8 * 2, pack_half(e[i], e[i + 1]));
     }
@@ -1109,7 +1113,7 @@ struct Attend {
   // Probabilities of an open block: element type, high part and what is left, beside it or in tiles of its own.
   KAKEYA_D void store_raw_probs(const float (&s)[kScores]) const {
     const uint32_t a = prob_at(0, 0, my_token());
-    KAKEYA_UNROLL
+#pragma unroll
     for (int i = 0; i < kScores; ++i) {
       const float e = exp2_fast(s[i] - peak[i]);
       const int row = my_row(i);
@@ -1132,7 +1136,7 @@ struct Attend {
     if constexpr (RAW) {
       store_raw_probs(s[0]);
     } else {
-      KAKEYA_UNROLL
+#pragma unroll
       for (int j = 0; j < N; ++j)
         if (j < count) store_probs(j, s[j]);
     }
@@ -1143,7 +1147,7 @@ struct Attend {
   KAKEYA_D void softmax(const float (&s)[N][kScores], int count) {
     float top[kScores];  // N > 1: a missing page's scores are no larger than the first one's
     bool above = false;
-    KAKEYA_UNROLL
+#pragma unroll
     for (int i = 0; i < kScores; ++i) {
       top[i] = N == 1 ? s[0][i] : fmaxf(s[0][i], s[N - 1][i]);
       above |= top[i] > peak[i] + kSlack;
@@ -1160,35 +1164,36 @@ struct Attend {
   template <bool RAW>
   KAKEYA_D void raise_peak(const float (&s)[kScores]) {
     const uint32_t maxima = shared + M::kMax;
-    KAKEYA_UNROLL
+#pragma unroll
     for (int i = 0; i < kScores; ++i) {
       float x = s[i];
-      KAKEYA_UNROLL
+#pragma unroll
       for (int k = kTokenLanes; k < 32; k *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, k));
       if (lane < kTokenLanes) sts_f32(maxima + (warp * 16 + my_row(i)) * 4, x);
     }
     __syncthreads();
-    KAKEYA_UNROLL
+#pragma unroll
     for (int i = 0; i < kScores; ++i)
       for (int w = 0; w < S::kWarps; ++w) peak[i] = fmaxf(peak[i], lds_f32(maxima + (w * 16 + my_row(i)) * 4));
-    KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
-    for (int e = 0; e < NC; ++e) {
-      const int row = R::kSplit ? t4 : 8 * n + 2 * t4 + e;
-      float x = column_peak[n][e];
-      for (int w = 0; w < S::kWarps; ++w) x = fmaxf(x, lds_f32(maxima + (w * 16 + row) * 4));
-      const float fade = exp2_fast(column_peak[n][e] - x);
-      column_peak[n][e] = x;
-      sum[n][e] *= fade;
-      KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i) {
-        out[n][i][0][e] *= fade, out[n][i][1][e] *= fade;
-        if constexpr (RAW) {
-          raw[n][i][e] *= fade, raw[n][i][e + 2] *= fade;
-          if constexpr (R::kSplit) raw[n][i][1] *= fade, raw[n][i][3] *= fade;
+#pragma unroll
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int e = 0; e < NC; ++e) {
+        const int row = R::kSplit ? t4 : 8 * n + 2 * t4 + e;
+        float x = column_peak[n][e];
+        for (int w = 0; w < S::kWarps; ++w) x = fmaxf(x, lds_f32(maxima + (w * 16 + row) * 4));
+        const float fade = exp2_fast(column_peak[n][e] - x);
+        column_peak[n][e] = x;
+        sum[n][e] *= fade;
+#pragma unroll
+        for (int i = 0; i < S::kTiles; ++i) {
+          out[n][i][0][e] *= fade, out[n][i][1][e] *= fade;
+          if constexpr (RAW) {
+            raw[n][i][e] *= fade, raw[n][i][e + 2] *= fade;
+            if constexpr (R::kSplit) raw[n][i][1] *= fade, raw[n][i][3] *= fade;
+          }
         }
       }
-    }
   }
 
   // ---- values
@@ -1197,10 +1202,10 @@ struct Attend {
   KAKEYA_D void load_probs(int j, uint32_t (&b)[8], int tile) const {
     uint32_t x[4];
     load_transposed(x, prob_at(j, tile, 64 * half + lane));
-    KAKEYA_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) b[i] = x[i];
     load_transposed(x, prob_at(j, tile, 64 * half + 32 + lane));
-    KAKEYA_UNROLL
+#pragma unroll
     for (int i = 0; i < 4; ++i) b[4 + i] = x[i];
   }
 
@@ -1209,29 +1214,30 @@ struct Attend {
     const uint32_t used = half == 0 ? lds_u8(page + 3) : 0u;
     UnitWords words[S::kGroups];
     if constexpr (W > 0) {
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < S::kGroups; ++i)
         words[i] = Dequant<Q, W, kNarrow>::load(page + v_unit + i * v_stride, v_back, lane);
     }
     uint32_t b[NB][8];
     float acc[NB][S::kTiles][4], total[NB][4];
-    KAKEYA_UNROLL
+#pragma unroll
     for (int n = 0; n < NB; ++n) {
       load_probs(j, b[n], n);
-      KAKEYA_UNROLL
+#pragma unroll
       for (int e = 0; e < 4; ++e) total[n][e] = 0.0f;
-      KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
-      for (int e = 0; e < 4; ++e) acc[n][i][e] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < S::kTiles; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[n][i][e] = 0.0f;
     }
     if (used) value_slots<W>(j, acc, page);
     constexpr uint32_t ones = 0x3c003c00u;
     if constexpr (W > 0) {
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < S::kGroups; ++i) {
         uint32_t f[4][2];
         Dequant<Q, W, kNarrow>::run(f, words[i], v_alpha, v_beta);
-        KAKEYA_UNROLL
+#pragma unroll
         for (int n = 0; n < NB; ++n) {
           if constexpr (kNarrow) {
             mma(acc[n][0], f[0][0], f[1][0], f[0][1], f[1][1], b[n][4 * i], b[n][4 * i + 1]);
@@ -1243,26 +1249,30 @@ struct Attend {
         }
       }
     }
-    KAKEYA_UNROLL
-    for (int i = 0; i < 4; ++i) KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n) mma(total[n], ones, ones, ones, ones, b[n][2 * i], b[n][2 * i + 1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int n = 0; n < NB; ++n) mma(total[n], ones, ones, ones, ones, b[n][2 * i], b[n][2 * i + 1]);
     const uint32_t parameters = shared + M::kValue + buffer * (D * 8) + (value_unit() * S::kUnitChannels + g) * 8;
-    KAKEYA_UNROLL
-    for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const uint2 x = lds_u64(parameters + (16 * i + 8 * r) * 8);
-      const float scale = __uint_as_float(x.x), offset = __uint_as_float(x.y);
-      KAKEYA_UNROLL
-      for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
-      for (int e = 0; e < NC; ++e) {
-        float &o = out[n][i][r][e];
-        o = fmaf(scale, acc[n][i][2 * r + e], o);
-        o = fmaf(offset, total[n][e], o);
+#pragma unroll
+    for (int i = 0; i < S::kTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint2 x = lds_u64(parameters + (16 * i + 8 * r) * 8);
+        const float scale = __uint_as_float(x.x), offset = __uint_as_float(x.y);
+#pragma unroll
+        for (int n = 0; n < NB; ++n)
+#pragma unroll
+          for (int e = 0; e < NC; ++e) {
+            float &o = out[n][i][r][e];
+            o = fmaf(scale, acc[n][i][2 * r + e], o);
+            o = fmaf(offset, total[n][e], o);
+          }
       }
-    }
-    KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
-    for (int e = 0; e < NC; ++e) sum[n][e] += total[n][e];
+#pragma unroll
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int e = 0; e < NC; ++e) sum[n][e] += total[n][e];
   }
 
   template <int W>
@@ -1294,7 +1304,7 @@ struct Attend {
   template <int W>
   KAKEYA_D void value_slots(int j, float (&acc)[NB][S::kTiles][4], uint32_t page) const {
     uint32_t word[2], scale[2], token[2];
-    KAKEYA_UNROLL
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t slot = i ? v_slot >> 16 : v_slot & 0xffffu;
       const uint32_t a = page + slots + (num_slots + slot) * D + value_unit() * S::kUnitChannels;
@@ -1304,21 +1314,21 @@ struct Attend {
       if (token[i] >= kBlock) scale[i] = token[i] = 0;  // no slot
     }
     uint32_t e[2 * S::kTiles];
-    KAKEYA_UNROLL
+#pragma unroll
     for (int c = 0; c < 2 * S::kTiles; ++c) {
       const uint32_t x = __byte_perm(word[0], word[1], c | (4 + c) << 8) & 0x00ff00ffu;
       e[c] = half_add(x | 0x64006400u, both(half_constant(-1152, 0)));
     }
-    KAKEYA_UNROLL
+#pragma unroll
     for (int n = 0; n < NB; ++n) {
       const uint32_t p0 = lds_u16(prob_at(j, n, int(token[0])) + 2 * g),
                      p1 = lds_u16(prob_at(j, n, int(token[1])) + 2 * g);
       const uint32_t b = half_mul(p0 | p1 << 16, scale[0] | scale[1] << 16);
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < S::kTiles; ++i) {
         float x[4] = {0, 0, 0, 0};
         mma_k8(x, e[2 * i], e[2 * i + 1], b);
-        KAKEYA_UNROLL
+#pragma unroll
         for (int k = 0; k < 4; ++k) {
           // The page's scale turns sums of codes into values; slots are in units of the deviation.
           const float undo = Q == kUniform && W > 0 ? v_undo * power2(code_bit(W, 2 * i + k / 2, kNarrow) - 24) : 1.0f;
@@ -1339,50 +1349,55 @@ struct Attend {
 
   // Attention over an open block's tokens below the sequence's end; a row of token i sees tokens up to history + i.
   KAKEYA_D void open_block(const AttendCursor &c, int index) {
-    const int len = p.seq_lens[c.sequence], tokens = min(len - index * kBlock, kBlock);
+    const int len = p.seq_lens[c.sequence];
     const int history = len - (p.query_start[c.sequence + 1] - p.query_start[c.sequence]);
     const int block = p.block_table[c.sequence * p.block_table_stride + index];
     const int slot = p.open_slot[block];
+    // Without a slot there is nothing to read: no token counts, and a result of nothing is not a number.
+    const int tokens = slot < 0 ? 0 : min(len - index * kBlock, kBlock);
     const uint16_t *k = open_rows(slot, 0, c.head), *v = open_rows(slot, 1, c.head);
     float acc[NB][4][4];
-    KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
-    for (int m = 0; m < 4; ++m) acc[n][m][0] = acc[n][m][1] = acc[n][m][2] = acc[n][m][3] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int m = 0; m < 4; ++m) acc[n][m][0] = acc[n][m][1] = acc[n][m][2] = acc[n][m][3] = 0.0f;
     uint32_t q[NB][kRegs];
-    KAKEYA_UNROLL
+#pragma unroll
     for (int n = 0; n < NB; ++n) load_regs(q[n], shared + M::kRawQuery + n * kTileBytes);
-    KAKEYA_UNROLL
+#pragma unroll
     for (int m = 0; m < 4; ++m) {
       const int token = 64 * half + 16 * m + g;
       uint32_t a[S::kTiles][4];
-      KAKEYA_UNROLL
-      for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        const int row = token + 8 * (r & 1), channel = unit * S::kUnitChannels + 16 * i + 8 * (r >> 1) + 2 * t4;
-        a[i][r] = row < tokens ? *reinterpret_cast<const uint32_t *>(k + row * D + channel) : 0u;
-      }
-      KAKEYA_UNROLL
-      for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < S::kTiles; ++i)
-        mma_element(is_f16(), acc[n][m], a[i][0], a[i][1], a[i][2], a[i][3], q[n][2 * i], q[n][2 * i + 1]);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int row = token + 8 * (r & 1), channel = unit * S::kUnitChannels + 16 * i + 8 * (r >> 1) + 2 * t4;
+          a[i][r] = row < tokens ? *reinterpret_cast<const uint32_t *>(k + row * D + channel) : 0u;
+        }
+#pragma unroll
+      for (int n = 0; n < NB; ++n)
+#pragma unroll
+        for (int i = 0; i < S::kTiles; ++i)
+          mma_element(is_f16(), acc[n][m], a[i][0], a[i][1], a[i][2], a[i][3], q[n][2 * i], q[n][2 * i + 1]);
     }
     store_scores(0, acc);
     __syncthreads();
     float s[1][kScores];
     gather_scores(0, s[0], p.scale * 1.4426950408889634f);
-    KAKEYA_UNROLL
+#pragma unroll
     for (int i = 0; i < kScores; ++i)
       if (index * kBlock + my_token() > history + (chunk_row + my_row(i)) / p.group || my_token() >= tokens)
         s[0][i] = -INFINITY;
     softmax<true>(s, 1);
     // Row g of a tile is channel 2g, row g + 8 channel 2g + 1, so that a lane loads pairs of channels.
-    KAKEYA_UNROLL
+#pragma unroll
     for (int n = 0; n < R::kMeanTiles; ++n) {
       uint32_t b[8];
       load_probs(0, b, n);
       float total[4] = {0, 0, 0, 0};
       const uint32_t ones = is_f16() ? 0x3c003c00u : 0x3f803f80u;
-      KAKEYA_UNROLL
+#pragma unroll
       for (int m = 0; m < 4; ++m) mma_element(is_f16(), total, ones, ones, ones, ones, b[2 * m], b[2 * m + 1]);
       if constexpr (R::kSplit) {
         sum[0][0] += total[0] + total[1];
@@ -1390,14 +1405,14 @@ struct Attend {
         sum[n % NB][0] += total[0];
         sum[n % NB][NC - 1] += total[1];
       }
-      KAKEYA_UNROLL
+#pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int token = 64 * half + 16 * m + 2 * t4;
-        KAKEYA_UNROLL
+#pragma unroll
         for (int i = 0; i < S::kTiles; ++i) {
           const uint16_t *at = v + value_unit() * S::kUnitChannels + 16 * i + 2 * g;
           uint32_t x[4];
-          KAKEYA_UNROLL
+#pragma unroll
           for (int r = 0; r < 4; ++r) {
             const int row = token + (r & 1) + 8 * (r >> 1);
             x[r] = row < tokens ? *reinterpret_cast<const uint32_t *>(at + row * D) : 0u;
@@ -1424,26 +1439,28 @@ struct Attend {
     __syncthreads();
     for (int h = 0; h < 2; ++h) {
       if (half == h) {
-        KAKEYA_UNROLL
-        for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
-        for (int e = 0; e < NC; ++e) {
-          const int row = R::kSplit ? t4 : 8 * n + 2 * t4 + e;
-          KAKEYA_UNROLL
-          for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
-          for (int r = 0; r < 2; ++r) {
-            const uint32_t a = coded + (row * D + order[16 * i + 8 * r + g]) * 4;
-            const uint32_t b = plain + (row * D + value_unit() * S::kUnitChannels + 16 * i + 2 * g + r) * 4;
-            const float x = out[n][i][r][e];
-            const float y = R::kSplit ? raw[n][i][2 * r] + raw[n][i][2 * r + 1] : raw[n][i][2 * r + e];
-            sts_f32(a, h ? x + lds_f32(a) : x);
-            sts_f32(b, h ? y + lds_f32(b) : y);
+#pragma unroll
+        for (int n = 0; n < NB; ++n)
+#pragma unroll
+          for (int e = 0; e < NC; ++e) {
+            const int row = R::kSplit ? t4 : 8 * n + 2 * t4 + e;
+#pragma unroll
+            for (int i = 0; i < S::kTiles; ++i)
+#pragma unroll
+              for (int r = 0; r < 2; ++r) {
+                const uint32_t a = coded + (row * D + order[16 * i + 8 * r + g]) * 4;
+                const uint32_t b = plain + (row * D + value_unit() * S::kUnitChannels + 16 * i + 2 * g + r) * 4;
+                const float x = out[n][i][r][e];
+                const float y = R::kSplit ? raw[n][i][2 * r] + raw[n][i][2 * r + 1] : raw[n][i][2 * r + e];
+                sts_f32(a, h ? x + lds_f32(a) : x);
+                sts_f32(b, h ? y + lds_f32(b) : y);
+              }
+            if (unit == 0 && g == 0) {
+              const uint32_t a = stats + row * 8;
+              sts_f32(a, column_peak[n][e]);
+              sts_f32(a + 4, h ? sum[n][e] + lds_f32(a + 4) : sum[n][e]);
+            }
           }
-          if (unit == 0 && g == 0) {
-            const uint32_t a = stats + row * 8;
-            sts_f32(a, column_peak[n][e]);
-            sts_f32(a + 4, h ? sum[n][e] + lds_f32(a + 4) : sum[n][e]);
-          }
-        }
       }
       __syncthreads();
     }
@@ -1454,30 +1471,32 @@ struct Attend {
     for (int row = warp; row < rows; row += S::kWarps) {
       // Back from Hadamard space: butterflies inside the lane, then across lanes.
       float x[kLane];
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < kLane; ++i) x[i] = lds_f32(coded + (row * D + kLane * lane + i) * 4);
-      KAKEYA_UNROLL
-      for (int k = 1; k < kLane; k *= 2) KAKEYA_UNROLL
-      for (int i = 0; i < kLane; ++i)
-        if (!(i & k)) {
-          const float a = x[i], b = x[i + k];
-          x[i] = a + b;
-          x[i + k] = a - b;
+#pragma unroll
+      for (int k = 1; k < kLane; k *= 2)
+#pragma unroll
+        for (int i = 0; i < kLane; ++i)
+          if (!(i & k)) {
+            const float a = x[i], b = x[i + k];
+            x[i] = a + b;
+            x[i + k] = a - b;
+          }
+#pragma unroll
+      for (int k = 1; k < 32; k *= 2)
+#pragma unroll
+        for (int i = 0; i < kLane; ++i) {
+          const float y = __shfl_xor_sync(~0u, x[i], k);
+          x[i] = lane & k ? y - x[i] : x[i] + y;
         }
-      KAKEYA_UNROLL
-      for (int k = 1; k < 32; k *= 2) KAKEYA_UNROLL
-      for (int i = 0; i < kLane; ++i) {
-        const float y = __shfl_xor_sync(~0u, x[i], k);
-        x[i] = lane & k ? y - x[i] : x[i] + y;
-      }
       constexpr float root = D == 64 ? 0.125f : D == 128 ? 0.088388347648f : 0.0625f;
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < kLane; ++i) x[i] = x[i] * root + lds_f32(plain + (row * D + kLane * lane + i) * 4);
       const float maximum = lds_f32(stats + row * 8), total = lds_f32(stats + row * 8 + 4);
       if (whole) {
         write_row(c, row, x, 1.0f / total);
       } else {
-        KAKEYA_UNROLL
+#pragma unroll
         for (int i = 0; i < kLane; ++i) record[row * D + kLane * lane + i] = x[i];
         if (lane == 0) record[ROWS * D + 2 * row] = maximum, record[ROWS * D + 2 * row + 1] = total;
       }
@@ -1491,7 +1510,7 @@ struct Attend {
     uint16_t *at = static_cast<uint16_t *>(p.out) +
                    int64_t(p.query_start[c.sequence] + r / p.group) * p.out_token_stride +
                    int64_t(c.head * p.group + r % p.group) * p.out_head_stride + kLane * lane;
-    KAKEYA_UNROLL
+#pragma unroll
     for (int i = 0; i < kLane; i += 2)
       *reinterpret_cast<uint32_t *>(at + i) =
           is_f16() ? pack_half(x[i] * factor, x[i + 1] * factor) : pack_bf16(x[i] * factor, x[i + 1] * factor);
@@ -1519,17 +1538,17 @@ struct Attend {
       float maximum = kNoScore;
       for (int b = first + lane; b <= last; b += 32)
         maximum = fmaxf(maximum, __ldcg(base + int64_t(b) * kRecord + ROWS * D + 2 * row));
-      KAKEYA_UNROLL
+#pragma unroll
       for (int k = 1; k < 32; k *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, k));
       float x[kLane], total_weight = 0.0f;
-      KAKEYA_UNROLL
+#pragma unroll
       for (int i = 0; i < kLane; ++i) x[i] = 0.0f;
 #pragma unroll 4
       for (int b = first; b <= last; ++b) {
         const float *r = base + int64_t(b) * kRecord;
         const float w = exp2_fast(__ldcg(r + ROWS * D + 2 * row) - maximum);
         total_weight += w * __ldcg(r + ROWS * D + 2 * row + 1);
-        KAKEYA_UNROLL
+#pragma unroll
         for (int i = 0; i < kLane; ++i) x[i] += w * __ldcg(r + row * D + kLane * lane + i);
       }
       write_row(c, row, x, 1.0f / total_weight);
@@ -1544,16 +1563,18 @@ struct Attend {
   // ---------------------------------------------------------------------------------------------------------
 
   KAKEYA_D void load_table() {
-    KAKEYA_UNROLL
-    for (int m = 0; m < 4; ++m) KAKEYA_UNROLL
-    for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      const int token = 64 * half + 16 * m + g + 8 * (r & 1), f = unit * S::kUnitPairs + 8 * i + 4 * (r >> 1) + t4;
-      const bool turns = f < pairs;
-      const float cos = turns ? t.at<float>(t.offset_cos)[token * pairs + f] : 1.0f;
-      const float sin = turns ? t.at<float>(t.offset_sin)[token * pairs + f] : 0.0f;
-      table[m][i][r] = pack_half(cos * kTableScale, sin * kTableScale);
-    }
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+      for (int i = 0; i < S::kTiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int token = 64 * half + 16 * m + g + 8 * (r & 1), f = unit * S::kUnitPairs + 8 * i + 4 * (r >> 1) + t4;
+          const bool turns = f < pairs;
+          const float cos = turns ? t.at<float>(t.offset_cos)[token * pairs + f] : 1.0f;
+          const float sin = turns ? t.at<float>(t.offset_sin)[token * pairs + f] : 0.0f;
+          table[m][i][r] = pack_half(cos * kTableScale, sin * kTableScale);
+        }
   }
 
   KAKEYA_D void run() {
@@ -1597,7 +1618,7 @@ struct Attend {
   KAKEYA_D void next_round(int left, int &stage, uint32_t &parity, uint32_t buffer, uint32_t (&page)[kRound],
                            int &count) {
     count = min(left, kRound);
-    KAKEYA_UNROLL
+#pragma unroll
     for (int j = 0; j < kRound; ++j) {
       if (j >= count) break;
       await_page(stage, parity);
@@ -1636,12 +1657,12 @@ struct Attend {
         if (pages == 2) {
           gather_scores(1, s[1], kScoreUnit);
         } else {
-          KAKEYA_UNROLL
+#pragma unroll
           for (int i = 0; i < kScores; ++i) s[1][i] = s[0][i];
         }
       }
       uint32_t now[kRound];
-      KAKEYA_UNROLL
+#pragma unroll
       for (int j = 0; j < kRound; ++j) now[j] = page[j];
       const int count_now = pages;
       left -= pages;
@@ -1650,10 +1671,12 @@ struct Attend {
       values(now, buffer, count_now);
       buffer ^= kRound;
     }
-    KAKEYA_UNROLL
-    for (int n = 0; n < NB; ++n) KAKEYA_UNROLL
-    for (int i = 0; i < S::kTiles; ++i) KAKEYA_UNROLL
-    for (int e = 0; e < 4; ++e) raw[n][i][e] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < NB; ++n)
+#pragma unroll
+      for (int i = 0; i < S::kTiles; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) raw[n][i][e] = 0.0f;
     if (c.unit + count > c.pages) prepare_raw(c);
     for (int u = max(c.unit, c.pages); u < c.unit + count; ++u) {
       __syncthreads();
