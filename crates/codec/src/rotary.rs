@@ -3,15 +3,16 @@
 //! without any rotation of codes. What remains is each token's turn by its offset from the centre, j - 64.
 //!
 //! Angles are computed in f64 and rounded to f32 (`libm`, so that every platform gets the same table). The offsets' table
-//! is rounded on to values of f16: matrix instructions on fp16 operands then hold it exactly, and the mean that a reader
-//! turns is the very one that sealing took off. Channels are handled in canonical order: first members of all pairs, second
+//! is rounded on to multiples of 1 / 2048: fp16 operands of matrix instructions then hold it exactly, also scaled down to
+//! where codes stand as subnormals, and the mean that a reader turns is the very one that sealing took off. Channels are handled in canonical order: first members of all pairs, second
 //! members, channels that do not rotate.
 
 use crate::shape::{BLOCK, ModelShape};
-use half::f16;
 
 /// Offset of a block's centre from its first token.
 pub const CENTRE: usize = BLOCK / 2;
+/// Steps of the offsets' table in 1: fp16 has 11 bits, and 1 / 2048 x 2^-13 is its smallest number, 2^-24.
+const GRID: f32 = 2048.0;
 
 /// Rotation tables of a model.
 #[derive(Debug, Clone)]
@@ -23,7 +24,7 @@ pub struct Rotary {
     /// cos and sin of the turn to the centre of block n: `[n * pairs + i]`.
     centre_cos: Vec<f32>,
     centre_sin: Vec<f32>,
-    /// cos and sin of token j's offset from the centre, values of f16: `[j * pairs + i]`.
+    /// cos and sin of token j's offset from the centre, multiples of 1 / 2048: `[j * pairs + i]`.
     pub offset_cos: Vec<f32>,
     pub offset_sin: Vec<f32>,
 }
@@ -53,7 +54,7 @@ impl Rotary {
         };
         let (centre_cos, centre_sin) = table(shape.max_blocks(), &|n| (n * BLOCK + CENTRE) as f64);
         let (mut offset_cos, mut offset_sin) = table(BLOCK, &|j| j as f64 - CENTRE as f64);
-        offset_cos.iter_mut().chain(&mut offset_sin).for_each(|x| *x = f16::from_f32(*x).to_f32());
+        offset_cos.iter_mut().chain(&mut offset_sin).for_each(|x| *x = (*x * GRID).round_ties_even() / GRID);
         Rotary { pairs, natural, centre_cos, centre_sin, offset_cos, offset_sin }
     }
 
@@ -109,5 +110,31 @@ pub fn turn_back(row: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (a, rest) = row.split_at_mut(cos.len());
     for (((a, b), c), s) in a.iter_mut().zip(rest).zip(cos).zip(sin) {
         (*a, *b) = (*a * c + *b * s, *b * c - *a * s);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shape::Rope;
+    use half::f16;
+
+    #[test]
+    fn fp16_holds_the_offsets_also_scaled_to_subnormal_codes() {
+        let inv_freq: Vec<f64> = (0..64).map(|i| 1e6f64.powf(-f64::from(i) / 64.0)).collect();
+        let rope = Rope { rotary_dim: 128, interleaved: false, inv_freq };
+        let shape = ModelShape {
+            num_layers: 1,
+            num_kv_heads: 1,
+            num_q_heads: 1,
+            head_dim: 128,
+            max_position: 4096,
+            rope: Some(rope),
+        };
+        let rotary = Rotary::new(&shape);
+        for &x in rotary.offset_cos.iter().chain(&rotary.offset_sin) {
+            assert_eq!(f16::from_f32(x).to_f32(), x);
+            assert_eq!(f16::from_f32(x / 8192.0).to_f32() * 8192.0, x);
+        }
     }
 }
