@@ -1,15 +1,15 @@
 // Decode attention over sealed pages and open blocks: up to 16 query rows of a KV head in one pass.
 //
 // A thread block walks a range of (sequence, KV head, block) units, all ranges equally long; warps split a page by unit
-// of channels and half of its tokens. A round, two pages (one with more than four rows), goes through three phases between
-// two barriers:
+// of channels and half of its tokens. A round, two pages (one with more than four rows), goes through three phases
+// between two barriers:
 //
 //   scores   warp (u, h): the codes of K unit u for tokens 64h .. 64h + 63, 4 matrix products of 16 tokens each, plus
 //            its share of the mean's product with the table of in-block offsets; partial scores to shared memory
 //   softmax  every warp sums the units' partial scores of its own tokens and takes exponentials against a maximum that
 //            all warps share; a score that exceeds it by more than kSlack is rare and makes all of them start again
-//            with a new maximum. Meanwhile the next round's queries are prepared: turned to its block's centre, multiplied
-//            by its block scales, and its products with the block means
+//            with a new maximum. Meanwhile the next round's queries are prepared: turned to its block's centre,
+//            multiplied by its block scales, and its products with the block means
 //   values   warp (u, h): V unit kUnits - 1 - u for the same half of tokens
 //
 // The unit of a warp has one width for as long as the head stays, so the loop over codes branches once a round and no
