@@ -297,7 +297,7 @@ impl Attend {
         let name = format!("kakeya_attend_d{}_{quantizer}_r{}", shape.head_dim, kind.rows);
         // A page, and the rotation to its block's centre: a cosine and a sine for each channel pair.
         let pairs = shape.rope.as_ref().map_or(0, |rope| rope.rotary_dim / 2);
-        if pairs % 4 != 0 {
+        if !pairs.is_multiple_of(4) {
             // Rows of the table of rotations are transferred 16 bytes at a time.
             return refuse!(
                 KAKEYA_ERR_UNSUPPORTED,
