@@ -22,31 +22,29 @@ struct OpenJob {
   const uint8_t *page;
 };
 
-// Symbols of a lane's codes of a unit: f(n, symbol). `past`: the chain's memory, see unit.cuh.
+// Symbols of a lane's codes of a unit: f(n, symbol). `before`: the chain's memory, what trellis_pairs wants of the unit
+// before.
 template <int W, bool Trellis, typename F>
-KAKEYA_HD void lane_symbols(const uint8_t *unit, int lane, uint32_t &past, F f) {
-  constexpr int R = Trellis ? W - 1 : W;  // width of the plain codes
-  uint32_t z1 = 0, z0 = 0;
-  if constexpr (Trellis) {
-    const uint32_t window = trellis_window(load_u16(unit + 2 * lane), past);
-    past = trellis_next_past(window);
-    z1 = spread_bytes(trellis_z1(window));
-    z0 = spread_bytes(trellis_z0(window));
-    unit += unit_bytes(1);
-  }
+KAKEYA_HD void lane_symbols(const uint8_t *unit, int lane, uint32_t &before, F f) {
+  TrellisWords x = {0, {0, 0, 0}};
   LaneWords w = {0, 0, 0};
-  if constexpr (R > 0) w = load_lane<R>(unit, lane);
-  const auto pair = [&](auto code, uint32_t symbols) {
+  uint32_t pairs = 0;
+  if constexpr (Trellis) {
+    x = unpack_trellis<W>(unit, lane);
+    pairs = trellis_pairs(x.word, before);
+    before = x.word;
+  } else {
+    w = load_lane<W>(unit, lane);
+  }
+  const auto put = [&](int code, uint32_t symbols) {
     f(code, symbols & 0xffffu);
     f(code + 8, symbols >> 16);
   };
-#define KAKEYA_PAIR(M, C)                                               \
-  {                                                                     \
-    uint32_t x = 0;                                                     \
-    if constexpr (R > 0) x = field<R, M, C>(w) >> field_bit<R, M, C>(); \
-    if constexpr (Trellis) x = trellis_symbols<M, C>(x, z1, z0);        \
-    pair(4 * M + C, x);                                                 \
-  }
+#define KAKEYA_PAIR(M, C)                               \
+  if constexpr (Trellis)                                \
+    put(4 * M + C, trellis_symbols<W, M, C>(x, pairs)); \
+  else                                                  \
+    put(4 * M + C, field<W, M, C>(w) >> field_bit<W, M, C>());
   KAKEYA_PAIR(0, 0)
   KAKEYA_PAIR(0, 1)
   KAKEYA_PAIR(0, 2)
@@ -59,20 +57,20 @@ KAKEYA_HD void lane_symbols(const uint8_t *unit, int lane, uint32_t &past, F f) 
 }
 
 template <bool Trellis, typename F>
-KAKEYA_HD void lane_symbols(int width, const uint8_t *unit, int lane, uint32_t &past, F f) {
+KAKEYA_HD void lane_symbols(int width, const uint8_t *unit, int lane, uint32_t &before, F f) {
   switch (width) {
     case 1:
-      return lane_symbols<1, Trellis>(unit, lane, past, f);
+      return lane_symbols<1, Trellis>(unit, lane, before, f);
     case 2:
-      return lane_symbols<2, Trellis>(unit, lane, past, f);
+      return lane_symbols<2, Trellis>(unit, lane, before, f);
     case 3:
-      return lane_symbols<3, Trellis>(unit, lane, past, f);
+      return lane_symbols<3, Trellis>(unit, lane, before, f);
     case 4:
-      return lane_symbols<4, Trellis>(unit, lane, past, f);
+      return lane_symbols<4, Trellis>(unit, lane, before, f);
     case 5:
-      return lane_symbols<5, Trellis>(unit, lane, past, f);
+      return lane_symbols<5, Trellis>(unit, lane, before, f);
     default:
-      return lane_symbols<6, Trellis>(unit, lane, past, f);
+      return lane_symbols<6, Trellis>(unit, lane, before, f);
   }
 }
 
@@ -132,22 +130,22 @@ KAKEYA_HD void open_codes(const OpenJob &job, OpenState<D> &s, int thread) {
   if (s.used < 0 || thread >= Unit<D>::chains) return;
   const int group = thread / kLanes, lane = thread % kLanes;
   const uint8_t *unit = job.page + s.codes_start + unit_bytes(1) * group * s.bits;
-  uint32_t past = 0;
+  uint32_t before = 0;
   for (int u = 0; u < Unit<D>::units; ++u) {
     const int w = s.widths[u];
     const auto put = [&](int n, float x) {
       const int channel = s.order[u * Unit<D>::channels + code_channel<D, K>(lane, n)];
-      s.rows[(group * Unit<D>::tokens + code_token<D, K>(lane, n)) * s.stride + channel] = x;
+      s.rows[code_token<D, K>(group, lane, n) * s.stride + channel] = x;
     };
     if (w == 0) {
       KAKEYA_UNROLL
       for (int n = 0; n < kCodes; ++n) put(n, 0.0f);
     } else if (job.tables->trellis) {
       const float *points = s.points + (2 << w);
-      lane_symbols<true>(w, unit, lane, past, [&](int n, uint32_t m) { put(n, points[m]); });
+      lane_symbols<true>(w, unit, lane, before, [&](int n, uint32_t m) { put(n, points[m]); });
     } else {
       const float *points = s.points + (1 << w);
-      lane_symbols<false>(w, unit, lane, past, [&](int n, uint32_t m) { put(n, points[m]); });
+      lane_symbols<false>(w, unit, lane, before, [&](int n, uint32_t m) { put(n, points[m]); });
     }
     unit += unit_bytes(w);
   }

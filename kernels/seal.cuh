@@ -101,15 +101,19 @@ struct Unit {
   static_assert(chains <= kSealThreads && units <= kMaxUnits, "one thread a chain");
 };
 
-// Channel and token, inside the unit, of code n of a lane.
+// Channel, inside the unit, and token of the block of code n of a lane.
 template <int D, bool K>
 KAKEYA_HD int code_channel(int lane, int n) {
   const int c = D == 64 ? n % 2 : n % 4;
   return 8 * c + (K ? 2 * (lane % 4) + n / 8 : lane / 4);
 }
 template <int D, bool K>
-KAKEYA_HD int code_token(int lane, int n) {
-  return (D == 64 ? 16 * (n % 4 / 2) : 0) + 8 * (n / 4 % 2) + (K ? lane / 4 : 2 * (lane % 4) + n / 8);
+KAKEYA_HD int code_token(int group, int lane, int n) {
+  const int tile = D == 64 ? 2 * group + n % 4 / 2 : group, m = 8 * (n / 4 % 2);
+  if (!K) return 16 * tile + m + 2 * (lane % 4) + n / 8;
+  // Tiles of keys come in pairs that mirror each other around the centre: 64 + x, and 63 - x = 64 + ~x.
+  const int x = 16 * (tile / 2) + m + lane / 4;
+  return kBlock / 2 + (tile % 2 ? ~x : x);
 }
 
 // Channel, inside the unit, of a byte of a slot: a lane's bytes lie together, in the order of its codes.
@@ -171,9 +175,10 @@ struct alignas(16) SealState {
   // (slot, code position).
   float part[8 * D > 8 * kBlock ? 8 * D : 8 * kBlock];
   SealTables tables;
-  // cos (low half) and sin of the turns by 0..64 tokens, values of f16 as the codec's; rows begin eight banks apart.
+  // cos (low half) and sin of the turns by 0.5..63.5 tokens, values of f16 as the codec's; rows begin eight banks
+  // apart.
   static constexpr int turns_stride = D / 2 + 8;
-  uint32_t turns[(kBlock / 2 + 1) * turns_stride];
+  uint32_t turns[kBlock / 2 * turns_stride];
   float mean[D], step[D], sigma[D], sink[D], base[D], inverse[D];
   alignas(16) int32_t score[kBlock];  // in total order
   float peaks[kMaxSlots * 16];
@@ -221,9 +226,10 @@ struct Turn {
 // Turn of pair p at token j's offset from the centre.
 template <int D>
 KAKEYA_HD Turn turn_of(const SealState<D> &s, int j, int p) {
-  const int offset = j - kBlock / 2;
-  const uint32_t x = s.turns[(offset < 0 ? -offset : offset) * s.turns_stride + p];
-  return {half_value(uint16_t(x)), half_value(uint16_t(offset < 0 ? x >> 16 ^ 0x8000u : x >> 16))};
+  // Tokens 63 - i and 64 + i stand i + 1/2 from the centre, on either side.
+  const bool below = j < kBlock / 2;
+  const uint32_t x = s.turns[(below ? kBlock / 2 - 1 - j : j - kBlock / 2) * s.turns_stride + p];
+  return {half_value(uint16_t(x)), half_value(uint16_t(below ? x >> 16 ^ 0x8000u : x >> 16))};
 }
 
 // Channel i of key row j before rotary embedding, up to the centre's turn (and the sign of a zero).
@@ -260,12 +266,9 @@ KAKEYA_HD void seal_setup(const Tables &t, SealState<D> &s, int thread) {
     const int h = int(t.pairs);
     const float *cos = t.at<float>(t.offset_cos), *sin = t.at<float>(t.offset_sin);
     KAKEYA_UNROLL_4
-    for (int e = thread; e < (kBlock / 2 + 1) * h; e += kSealThreads) {
-      const int offset = e / h, p = e - offset * h;
-      // Token 0 stands 64 before the centre, where the sine has the other sign.
-      const int from = offset < kBlock / 2 ? (kBlock / 2 + offset) * h + p : p;
-      const float sn = offset < kBlock / 2 ? sin[from] : -sin[from];
-      s.turns[offset * s.turns_stride + p] = uint32_t(half_bits(cos[from])) | uint32_t(half_bits(sn)) << 16;
+    for (int e = thread; e < kBlock / 2 * h; e += kSealThreads) {
+      const int i = e / h, p = e - i * h, from = (kBlock / 2 + i) * h + p;
+      s.turns[i * s.turns_stride + p] = uint32_t(half_bits(cos[from])) | uint32_t(half_bits(sin[from])) << 16;
     }
   }
   for (int i = thread; i < int(t.scale_codes); i += kSealThreads) {
@@ -684,8 +687,7 @@ template <int D, bool K>
 KAKEYA_HD uint32_t exact_codes(const SealState<D> &s, int group, int lane) {
   uint32_t exact = 0;
   KAKEYA_UNROLL
-  for (int n = 0; n < kCodes; ++n)
-    exact |= uint32_t(s.slot_of[group * Unit<D>::tokens + code_token<D, K>(lane, n)] != kNoSlot) << n;
+  for (int n = 0; n < kCodes; ++n) exact |= uint32_t(s.slot_of[code_token<D, K>(group, lane, n)] != kNoSlot) << n;
   return exact;
 }
 
@@ -703,43 +705,8 @@ KAKEYA_HD void take_points_off(SealState<D> &s, int group, int lane, int unit, u
   KAKEYA_ROLLED
   for (uint32_t rest = exact; rest; rest &= rest - 1u) {
     const int n = lowest_bit(rest);
-    const int slot = s.slot_of[group * Unit<D>::tokens + code_token<D, K>(lane, n)];
+    const int slot = s.slot_of[code_token<D, K>(group, lane, n)];
     s.part[slot * D + unit * Unit<D>::channels + code_channel<D, K>(lane, n)] -= point(n);
-  }
-}
-
-// Writes the 16 codes of a lane's unit, `value(n)` each.
-template <int W, typename F>
-KAKEYA_HD void store_codes(uint8_t *unit, int lane, F value) {
-  LaneWords w = {0, 0, 0};
-#define KAKEYA_PUT(M, C) put<W, M, C>(w, value(4 * M + C) | value(8 + 4 * M + C) << 16)
-  KAKEYA_PUT(0, 0);
-  KAKEYA_PUT(0, 1);
-  KAKEYA_PUT(0, 2);
-  KAKEYA_PUT(0, 3);
-  KAKEYA_PUT(1, 0);
-  KAKEYA_PUT(1, 1);
-  KAKEYA_PUT(1, 2);
-  KAKEYA_PUT(1, 3);
-#undef KAKEYA_PUT
-  store_lane<W>(unit, lane, w);
-}
-
-template <typename F>
-KAKEYA_HD void store_codes(int width, uint8_t *unit, int lane, F value) {
-  switch (width) {
-    case 1:
-      return store_codes<1>(unit, lane, value);
-    case 2:
-      return store_codes<2>(unit, lane, value);
-    case 3:
-      return store_codes<3>(unit, lane, value);
-    case 4:
-      return store_codes<4>(unit, lane, value);
-    case 5:
-      return store_codes<5>(unit, lane, value);
-    default:
-      return store_codes<6>(unit, lane, value);
   }
 }
 
@@ -755,7 +722,7 @@ struct Quarter {
     KAKEYA_UNROLL
     for (int c = 0; c < 4; ++c) {
       const int n = 4 * q + c, channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
-      at[c] = (group * Unit<D>::tokens + code_token<D, K>(lane, n)) * s.stride + channel;
+      at[c] = code_token<D, K>(group, lane, n) * s.stride + channel;
     }
   }
 
@@ -763,31 +730,11 @@ struct Quarter {
     KAKEYA_UNROLL
     for (int c = 0; c < 4; ++c) {
       const int n = 4 * q + c, channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
-      at[c] = (group * Unit<D>::tokens + code_token<D, K>(lane, n)) * s.stride + channel;
+      at[c] = code_token<D, K>(group, lane, n) * s.stride + channel;
       z[c] = normalised<D, K>(s, s.rows[at[c]], channel);
       const Cell cell = s.tables.cells[cell_of(cells, z[c])];
       below[c] = cell.below + (z[c] > cell.threshold);
     }
-  }
-};
-
-// A lane's sixteen codes of a unit, a byte each.
-struct CodeBytes {
-  uint32_t quarter[4];
-
-  KAKEYA_HD uint32_t operator()(int n) const { return quarter[n / 4] >> 8 * (n % 4) & 0xffu; }
-  // Quarters are put in descending (ascending) order.
-  KAKEYA_HD void push_front(uint32_t x) {
-    quarter[3] = quarter[2];
-    quarter[2] = quarter[1];
-    quarter[1] = quarter[0];
-    quarter[0] = x;
-  }
-  KAKEYA_HD void push_back(uint32_t x) {
-    quarter[0] = quarter[1];
-    quarter[1] = quarter[2];
-    quarter[2] = quarter[3];
-    quarter[3] = x;
   }
 };
 
@@ -937,9 +884,7 @@ KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int 
       const uint32_t rest = 2u * bits_to_bytes(~z1 >> 4 * q) + bits_to_bytes(~z0 >> 4 * q);
       refinement.quarter[q] = (refinement.quarter[q] + rest) >> 2 & 0x1f1f1f1fu;
     }
-    // Bit n of a lane's path bits is that of code n.
-    store_u16(out + 2 * lane, window >> 3);
-    if (w > 1) store_codes(w - 1, out + unit_bytes(1), lane, refinement);
+    pack_trellis(w, out, lane, window >> 3 & 0xffffu, refinement);
     // The codes of exact tokens are those of zero: below it lie 2^w - 2 of 2^(w+1) - 4 thresholds.
     if (exact) {
       const Quad *zero = s.tables.points + window_start(w) + (1 << w) - 2;

@@ -203,20 +203,69 @@ KAKEYA_HD void put(LaneWords &w, uint32_t pair) {
   }
 }
 
-// ---- trellis -------------------------------------------------------------------------------------------------------
-// A lane's chain runs through its units; bit n + 3 of `window` is path bit u_n of this unit, bits 2..0 the last three
-// of the unit before: u_(-1), u_(-2), u_(-3).
+// A lane's sixteen codes of a unit, a byte each.
+struct CodeBytes {
+  uint32_t quarter[4];
 
-// `path`: the lane's 16 path bits as load_u16 reads them. `past`: 0 at the chain's start, then next_past of the unit
-// before.
+  KAKEYA_HD uint32_t operator()(int n) const { return quarter[n / 4] >> 8 * (n % 4) & 0xffu; }
+  // Quarters are put in descending (ascending) order.
+  KAKEYA_HD void push_front(uint32_t x) {
+    quarter[3] = quarter[2];
+    quarter[2] = quarter[1];
+    quarter[1] = quarter[0];
+    quarter[0] = x;
+  }
+  KAKEYA_HD void push_back(uint32_t x) {
+    quarter[0] = quarter[1];
+    quarter[1] = quarter[2];
+    quarter[2] = quarter[3];
+    quarter[3] = x;
+  }
+};
+
+// Writes the 16 codes of a lane's unit.
+template <int W>
+KAKEYA_HD void store_codes(uint8_t *unit, int lane, const CodeBytes &codes) {
+  LaneWords w = {0, 0, 0};
+#define KAKEYA_PUT(M, C) put<W, M, C>(w, codes(4 * M + C) | codes(8 + 4 * M + C) << 16)
+  KAKEYA_PUT(0, 0);
+  KAKEYA_PUT(0, 1);
+  KAKEYA_PUT(0, 2);
+  KAKEYA_PUT(0, 3);
+  KAKEYA_PUT(1, 0);
+  KAKEYA_PUT(1, 1);
+  KAKEYA_PUT(1, 2);
+  KAKEYA_PUT(1, 3);
+#undef KAKEYA_PUT
+  store_lane<W>(unit, lane, w);
+}
+
+KAKEYA_HD void store_codes(int width, uint8_t *unit, int lane, const CodeBytes &codes) {
+  switch (width) {
+    case 1:
+      return store_codes<1>(unit, lane, codes);
+    case 2:
+      return store_codes<2>(unit, lane, codes);
+    case 3:
+      return store_codes<3>(unit, lane, codes);
+    case 4:
+      return store_codes<4>(unit, lane, codes);
+    case 5:
+      return store_codes<5>(unit, lane, codes);
+    default:
+      return store_codes<6>(unit, lane, codes);
+  }
+}
+
+// ---- the trellis' parities -----------------------------------------------------------------------------------------
+// z1 = u_n ^ u_(n-1) ^ u_(n-3), z0 = u_(n-2), of all 16 codes of a lane's unit at once: of path bits one beside the
+// other, and of path bits as the units hold them. A lane's chain runs through its units, so the last three path bits of
+// the unit before count.
+
+// Bit n + 3 of a window is path bit u_n, bits 2..0 are u_(-1), u_(-2), u_(-3). Parities at bit n.
 KAKEYA_HD uint32_t trellis_window(uint32_t path, uint32_t past) {
   return path << 3 | past;
 }
-KAKEYA_HD uint32_t trellis_next_past(uint32_t window) {
-  return window >> 16 & 7u;
-}
-
-// Subset bits of all 16 codes at once, at bit n: z1 = u_n ^ u_(n-1) ^ u_(n-3), z0 = u_(n-2).
 KAKEYA_HD uint32_t trellis_z1(uint32_t window) {
   return (window >> 3 ^ window >> 2 ^ window) & 0xffffu;
 }
@@ -224,12 +273,127 @@ KAKEYA_HD uint32_t trellis_z0(uint32_t window) {
   return window >> 1 & 0xffffu;
 }
 
-// Symbols of pair (M, C): 4 * refinement + 2 * z1 + z0 in bits 0..15 and 16..31. `z1`, `z0` after spread_bytes;
-// `refinement`: a pair with its codes at bit 0.
-template <int M, int C>
-KAKEYA_HD uint32_t trellis_symbols(uint32_t refinement, uint32_t z1, uint32_t z0) {
-  constexpr int n = 4 * M + C;
-  return refinement << 2 | (z1 >> n & 0x00010001u) << 1 | (z0 >> n & 0x00010001u);
+// The high word of high:low << s, 0 < s < 32.
+KAKEYA_HD uint32_t funnel_left(uint32_t low, uint32_t high, int s) {
+#ifdef __CUDA_ARCH__
+  return __funnelshift_l(low, high, s);
+#else
+  return high << s | low >> (32 - s);
+#endif
+}
+
+// Parities of a unit from its lane's word (u_n at bit 2n + 1, anything at bit 2n) and that of the chain's unit before
+// (only u_13..u_15 at bits 27, 29 and 31 matter; 0 at the chain's start): z1 at bit 2n + 1, z0 at bit 2n. So the pair
+// of code k of both halves is `x >> 2k & 0x00030003`.
+KAKEYA_HD uint32_t trellis_pairs(uint32_t word, uint32_t before) {
+  const uint32_t z1 = word ^ funnel_left(before, word, 2) ^ funnel_left(before, word, 6);
+  const uint32_t z0 = funnel_left(before, word, 3);
+  return (z1 & 0xaaaaaaaau) | (z0 & 0x55555555u);
+}
+
+// Such a word of a unit of width 1, whose 16 path bits lie one beside the other: bit n to bit 2n + 1.
+KAKEYA_HD uint32_t spread_path(uint32_t path) {
+  uint32_t x = path & 0xffffu;
+  x = (x | x << 8) & 0x00ff00ffu;
+  x = (x | x << 4) & 0x0f0f0f0fu;
+  x = (x | x << 2) & 0x33333333u;
+  return (x << 1 | x << 2) & 0xaaaaaaaau;
+}
+
+// Only what the chain's next unit needs of it: bits 13, 14, 15 to bits 27, 29, 31.
+KAKEYA_HD uint32_t spread_path_end(uint32_t path) {
+  return (path << 14 & 0x08000000u) | (path << 15 & 0x20000000u) | path >> 15 << 31;
+}
+
+// ---- units of the trellis ------------------------------------------------------------------------------------------
+// Width 1: the path bits as a unit of width 1. Wider ones: codes 2 u + top in the layout of width 2, `top` the highest
+// bit of the (W - 1)-bit refinement, then the refinement's other W - 2 bits in the layout of width W - 2; at W = 3 in
+// an order of their own.
+
+// Lowest refinement bits of a unit of width 3 from the lane's u16: bit of code k of half h at bit 16h + 2k + 3 for even
+// k, at bit 16h + 2k for odd k.
+KAKEYA_HD uint32_t spread_low(uint32_t x) {
+#ifdef __CUDA_ARCH__
+  x = __byte_perm(x, 0, 0x1100);
+#else
+  x = spread_bytes(x) * 0x0101u;
+#endif
+  return (x & 0x00ff00ffu) | (x << 2 & 0xff00ff00u);
+}
+
+struct TrellisWords {
+  uint32_t word;  // u_n at bit 2n + 1, highest bit of the refinement at bit 2n (width 1: 0)
+  LaneWords low;  // the refinement's other bits as load_lane reads them; at W = 3 `low.c` is what spread_low makes
+};
+
+// What a lane reads of a unit of width W.
+template <int W>
+KAKEYA_HD TrellisWords unpack_trellis(const uint8_t *unit, int lane) {
+  static_assert(W >= 1 && W <= 6, "widths are 1..6");
+  TrellisWords x = {0, {0, 0, 0}};
+  if constexpr (W == 1) {
+    x.word = spread_path(load_u16(unit + 2 * lane));
+  } else {
+    x.word = load_u32(unit + 4 * lane);
+    if constexpr (W == 3) x.low.c = spread_low(load_u16(unit + unit_bytes(2) + 2 * lane));
+    if constexpr (W >= 4) x.low = load_lane<W - 2>(unit + unit_bytes(2), lane);
+  }
+  return x;
+}
+
+// Refinements of pair (M, C), in bits 0..15 and 16..31.
+template <int W, int M, int C>
+KAKEYA_HD uint32_t trellis_refinements(const TrellisWords &x) {
+  constexpr int k = 4 * M + C;
+  if constexpr (W == 1) {
+    return 0;
+  } else {
+    const uint32_t top = x.word >> 2 * k & 0x00010001u;
+    if constexpr (W == 2) return top;
+    if constexpr (W == 3) return top << 1 | (x.low.c >> (k % 2 ? 2 * k : 2 * k + 3) & 0x00010001u);
+    if constexpr (W >= 4) return top << (W - 2) | field<W - 2, M, C>(x.low) >> field_bit<W - 2, M, C>();
+  }
+}
+
+// Their symbols: 4 * refinement + 2 * z1 + z0. `pairs`: trellis_pairs of the unit.
+template <int W, int M, int C>
+KAKEYA_HD uint32_t trellis_symbols(const TrellisWords &x, uint32_t pairs) {
+  return trellis_refinements<W, M, C>(x) << 2 | (pairs >> 2 * (4 * M + C) & 0x00030003u);
+}
+
+// Writes a lane's unit: path bit of code n at bit n of `path`, refinements as bytes.
+KAKEYA_HD void pack_trellis(int width, uint8_t *unit, int lane, uint32_t path, const CodeBytes &refinement) {
+  if (width == 1) return store_u16(unit + 2 * lane, path);
+  // The products put one bit of each of four bytes beside each other into byte 3, without a carry: no two of the
+  // sixteen partial products share a bit.
+  uint32_t word = spread_path(path);
+  KAKEYA_UNROLL
+  for (int q = 0; q < 4; ++q)
+    word |= (refinement.quarter[q] >> (width - 2) & 0x01010101u) * 0x01041040u >> 24 << 8 * q;  // to bits 0, 2, 4, 6
+  store_u32(unit + 4 * lane, word);
+  unit += unit_bytes(2);
+  if (width == 2) return;
+  if (width == 3) {
+    uint32_t low = 0;
+    KAKEYA_UNROLL
+    for (int q = 0; q < 4; ++q) {
+      const uint32_t bits = (refinement.quarter[q] & 0x01010101u) * 0x08048040u >> 24 & 0xccu;  // to bits 3, 2, 7, 6
+      low |= bits >> (q % 2 ? 2 : 0) << 8 * (q / 2);
+    }
+    return store_u16(unit + 2 * lane, low);
+  }
+  const uint32_t mask = 0x01010101u * ((1u << (width - 2)) - 1u);
+  CodeBytes low;
+  KAKEYA_UNROLL
+  for (int q = 0; q < 4; ++q) low.quarter[q] = refinement.quarter[q] & mask;
+  switch (width) {
+    case 4:
+      return store_codes<2>(unit, lane, low);
+    case 5:
+      return store_codes<3>(unit, lane, low);
+    default:
+      return store_codes<4>(unit, lane, low);
+  }
 }
 
 }  // namespace kakeya

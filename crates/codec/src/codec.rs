@@ -6,7 +6,7 @@ use crate::error::{Error, Result, check_index};
 use crate::grid::{Grid, MAX_WIDTH, distortion};
 use crate::layout::PageLayout;
 use crate::recipe::Recipe;
-use crate::rotary::Rotary;
+use crate::rotary::{CENTRE, Rotary};
 use crate::rows::Rows;
 use crate::shape::{BLOCK, ModelShape};
 use crate::stats::StatsCoder;
@@ -312,10 +312,8 @@ fn build_heads(
     calibration: Option<&Calibration>,
 ) -> Vec<HeadTables> {
     let freq: &[f64] = shape.rope.as_ref().map_or(&[], |r| &r.inv_freq);
-    let key_share: Vec<f64> = freq
-        .iter()
-        .map(|&f| mean_cos_squared((0..BLOCK).map(|j| j as f64 - (BLOCK / 2) as f64), f))
-        .collect();
+    let key_share: Vec<f64> =
+        freq.iter().map(|&f| mean_cos_squared((0..BLOCK).map(|j| j as f64 - CENTRE), f)).collect();
     let query_share: Vec<f64> =
         freq.iter().map(|&f| mean_cos_squared((0..QUERY_SPAN).map(|d| d as f64), f)).collect();
     let mut drafts = Vec::new();

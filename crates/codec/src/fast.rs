@@ -259,8 +259,8 @@ fn write_codes(
             let order = &t.order[u * layout.unit.channels..(u + 1) * layout.unit.channels];
             for n in 0..CODES {
                 let z = std::array::from_fn(|lane| {
-                    let (c, token) = place(stream, layout.unit, lane, n);
-                    rows[(group * layout.unit.tokens + token) * d + usize::from(order[c])]
+                    let (c, j) = place(stream, layout.unit, group, lane, n);
+                    rows[j * d + usize::from(order[c])]
                 });
                 steps.push(Step { z, unit: u, n });
             }
@@ -272,19 +272,15 @@ fn write_codes(
                 planes[s.unit].1[s.n] = nearest(&codec.grids[usize::from(t.widths[s.unit])], &s.z);
             }
         }
-        for (j, rest) in slots.iter_mut().filter(|(j, _)| j / layout.unit.tokens == group) {
-            take_points_off(codec, layout, stream, &t.widths, &planes, *j % layout.unit.tokens, rest);
+        for (j, rest) in slots.iter_mut().filter(|(j, _)| locate(stream, layout.unit, 0, *j).0 == group) {
+            take_points_off(codec, layout, stream, &t.widths, &planes, *j, rest);
         }
         for (u, &w) in t.widths.iter().enumerate().filter(|(_, w)| **w > 0) {
             let at = page::unit_offset(start, &t.widths, group, u);
-            let (head, tail) =
-                page[at..at + unit_bytes(w.into())].split_at_mut(if trellis { unit_bytes(1) } else { 0 });
-            let width = usize::from(w) - usize::from(trellis);
-            if trellis {
-                unit::pack(1, &planes[u].0, head);
-            }
-            if width > 0 {
-                unit::pack(width, &planes[u].1, tail);
+            let out = &mut page[at..at + unit_bytes(w.into())];
+            match trellis {
+                true => unit::pack_trellis(w.into(), &planes[u].0, &planes[u].1, out),
+                false => unit::pack(w.into(), &planes[u].1, out),
             }
         }
     }
@@ -299,7 +295,7 @@ fn nearest(grid: &Grid, z: &F) -> [u8; LANES] {
     q.map(|q| q as u8)
 }
 
-/// Takes the points of a token's codes off its row, which is in code order. `token`: inside the group of `planes`.
+/// Takes the points of a token's codes off its row, which is in code order. `token`: of the block, in the group of `planes`.
 fn take_points_off(
     codec: &Codec,
     layout: &PageLayout,
@@ -324,7 +320,7 @@ fn take_points_off(
             }
         }
         for (channel, x) in row.iter_mut().enumerate() {
-            let (lane, n) = locate(stream, layout.unit, channel, token);
+            let (_, lane, n) = locate(stream, layout.unit, channel, token);
             *x -= codec.grids[usize::from(w)].points[usize::from(symbols[n][lane])];
         }
     }
@@ -412,7 +408,6 @@ fn read_codes(
     }
     for group in 0..layout.unit.groups() {
         let mut state = [0u8; LANES];
-        let rows = &mut rows[group * layout.unit.tokens * d..(group + 1) * layout.unit.tokens * d];
         for (u, &w) in t.widths.iter().enumerate().filter(|(_, w)| **w > 0) {
             let width = usize::from(w);
             let at = page::unit_offset(start, &t.widths, group, u);
@@ -420,11 +415,7 @@ fn read_codes(
             if !trellis {
                 unit::unpack(width, bytes, &mut codes);
             } else {
-                unit::unpack(1, bytes, &mut path);
-                match width {
-                    1 => codes = [[0; LANES]; CODES],
-                    _ => unit::unpack(width - 1, &bytes[unit_bytes(1)..], &mut codes),
-                }
+                unit::unpack_trellis(width, bytes, &mut path, &mut codes);
                 for (codes, path) in codes.iter_mut().zip(&path) {
                     for lane in 0..LANES {
                         let (s, u) = (state[lane], path[lane]);
@@ -437,8 +428,8 @@ fn read_codes(
             let order = &t.order[u * layout.unit.channels..(u + 1) * layout.unit.channels];
             for (n, codes) in codes.iter().enumerate() {
                 for (lane, &code) in codes.iter().enumerate() {
-                    let (c, token) = place(stream, layout.unit, lane, n);
-                    rows[token * d + usize::from(order[c])] = points[usize::from(code)];
+                    let (c, j) = place(stream, layout.unit, group, lane, n);
+                    rows[j * d + usize::from(order[c])] = points[usize::from(code)];
                 }
             }
         }

@@ -104,8 +104,8 @@ fn write_codes(
             let mut steps: Vec<(usize, usize, f32, &Grid)> = Vec::new();
             for (u, &w) in widths.iter().enumerate().filter(|(_, w)| **w > 0) {
                 for n in 0..CODES {
-                    let (c, t) = place(stream, layout.unit, lane, n);
-                    let x = z(group * layout.unit.tokens + t, u * layout.unit.channels + c);
+                    let (c, j) = place(stream, layout.unit, group, lane, n);
+                    let x = z(j, u * layout.unit.channels + c);
                     steps.push((u, n, x, &codec.grids[usize::from(w)]));
                 }
             }
@@ -124,19 +124,12 @@ fn write_codes(
         for (u, &w) in widths.iter().enumerate().filter(|(_, w)| **w > 0) {
             let at = page::unit_offset(start, widths, group, u);
             let (path, codes) = &planes[u];
-            write_unit(trellis, usize::from(w), path, codes, &mut page[at..at + unit_bytes(w.into())]);
+            let out = &mut page[at..at + unit_bytes(w.into())];
+            match trellis {
+                true => unit::pack_trellis(w.into(), path, codes, out),
+                false => unit::pack(w.into(), codes, out),
+            }
         }
-    }
-}
-
-fn write_unit(trellis: bool, width: usize, path: &Codes, codes: &Codes, out: &mut [u8]) {
-    if !trellis {
-        return unit::pack(width, codes, out);
-    }
-    let (head, tail) = out.split_at_mut(unit_bytes(1));
-    unit::pack(1, path, head);
-    if width > 1 {
-        unit::pack(width - 1, codes, tail);
     }
 }
 
@@ -241,13 +234,9 @@ fn read_codes(
             let grid = &codec.grids[width];
             let mut codes: Codes = [[0; LANES]; CODES];
             let mut path = codes;
-            if !trellis {
-                unit::unpack(width, bytes, &mut codes);
-            } else {
-                unit::unpack(1, bytes, &mut path);
-                if width > 1 {
-                    unit::unpack(width - 1, &bytes[unit_bytes(1)..], &mut codes);
-                }
+            match trellis {
+                true => unit::unpack_trellis(width, bytes, &mut path, &mut codes),
+                false => unit::unpack(width, bytes, &mut codes),
             }
             for n in 0..CODES {
                 for lane in 0..LANES {
@@ -257,8 +246,8 @@ fn read_codes(
                         symbol = 4 * symbol + trellis::subset(state[lane], bit);
                         state[lane] = trellis::next(state[lane], bit);
                     }
-                    let (c, t) = place(stream, layout.unit, lane, n);
-                    z[group * layout.unit.tokens + t][u * layout.unit.channels + c] = grid.points[symbol];
+                    let (c, j) = place(stream, layout.unit, group, lane, n);
+                    z[j][u * layout.unit.channels + c] = grid.points[symbol];
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! Rotary embedding as the codec uses it. Keys arrive rotated by their position p. A page keeps them in the frame of
-//! its block's centre, t = 128 n + 64: turned back by t, so that a query turned back by t once a block meets them
-//! without any rotation of codes. What remains is each token's turn by its offset from the centre, j - 64.
+//! its block's centre, t = 128 n + 63.5: turned back by t, so that a query turned back by t once a block meets them
+//! without any rotation of codes. What remains is each token's turn by its offset from the centre, j - 63.5:
+//! as far to one side of the centre as to the other, so that cosines and sines of 64 distances serve both halves.
 //!
 //! Angles are computed in f64 and rounded to f32 (`libm`, so that every platform gets the same table). The offsets' table
 //! is rounded on to multiples of 1 / 2048: fp16 operands of matrix instructions then hold it exactly, also scaled down to
@@ -9,8 +10,8 @@
 
 use crate::shape::{BLOCK, ModelShape};
 
-/// Offset of a block's centre from its first token.
-pub const CENTRE: usize = BLOCK / 2;
+/// Distance of a block's centre from its first token: it lies midway between tokens 63 and 64.
+pub const CENTRE: f64 = (BLOCK - 1) as f64 / 2.0;
 /// Steps of the offsets' table in 1: fp16 has 11 bits, and 1 / 2048 x 2^-13 is its smallest number, 2^-24.
 const GRID: f32 = 2048.0;
 
@@ -52,8 +53,8 @@ impl Rotary {
             }
             (cos, sin)
         };
-        let (centre_cos, centre_sin) = table(shape.max_blocks(), &|n| (n * BLOCK + CENTRE) as f64);
-        let (mut offset_cos, mut offset_sin) = table(BLOCK, &|j| j as f64 - CENTRE as f64);
+        let (centre_cos, centre_sin) = table(shape.max_blocks(), &|n| (n * BLOCK) as f64 + CENTRE);
+        let (mut offset_cos, mut offset_sin) = table(BLOCK, &|j| j as f64 - CENTRE);
         offset_cos.iter_mut().chain(&mut offset_sin).for_each(|x| *x = (*x * GRID).round_ties_even() / GRID);
         Rotary { pairs, natural, centre_cos, centre_sin, offset_cos, offset_sin }
     }
@@ -120,7 +121,7 @@ mod tests {
     use half::f16;
 
     #[test]
-    fn fp16_holds_the_offsets_also_scaled_to_subnormal_codes() {
+    fn offsets_mirror_and_fp16_holds_them_also_scaled_to_subnormal_codes() {
         let inv_freq: Vec<f64> = (0..64).map(|i| 1e6f64.powf(-f64::from(i) / 64.0)).collect();
         let rope = Rope { rotary_dim: 128, interleaved: false, inv_freq };
         let shape = ModelShape {
@@ -135,6 +136,12 @@ mod tests {
         for &x in rotary.offset_cos.iter().chain(&rotary.offset_sin) {
             assert_eq!(f16::from_f32(x).to_f32(), x);
             assert_eq!(f16::from_f32(x / 8192.0).to_f32() * 8192.0, x);
+        }
+        // Tokens at equal distances on either side of the centre share the cosine and differ in the sine's sign.
+        for j in 0..BLOCK / 2 {
+            let ((cos, sin), (other_cos, other_sin)) = (rotary.offset(j), rotary.offset(BLOCK - 1 - j));
+            assert_eq!(cos, other_cos);
+            assert!(sin.iter().zip(other_sin).all(|(a, b)| *a == -*b));
         }
     }
 }

@@ -1,5 +1,5 @@
 //! The order of codes inside a unit: the order in which the GPU's `mma.m16n8k16` wants its A operand, so that a kernel
-//! reads a lane's codes with one or two loads and no shuffle.
+//! reads a lane's codes with one or two loads and no shuffle; and the order of a stream's tokens in its units.
 //!
 //! A unit holds 512 codes of one width: 32 lanes x 16 codes. Lane l has row g = l / 4 and column t = l % 4. A lane's 16
 //! codes are indexed by (h, m, c): h the half of a half2 register, m the register of a class, c the class of column
@@ -7,10 +7,14 @@
 //!
 //! | stream, unit | channel | token |
 //! |---|---|---|
-//! | K, 32 channels x 16 tokens | 16 (c/2) + 8 (c%2) + 2t + h | g + 8m |
-//! | V, 32 channels x 16 tokens | g + 8c | 2t + 8m + h |
-//! | K, 16 channels x 32 tokens | 8 (c%2) + 2t + h | 16 (c/2) + g + 8m |
-//! | V, 16 channels x 32 tokens | g + 8 (c%2) | 16 (c/2) + 2t + 8m + h |
+//! | K, 32 channels x 16 tokens | 16 (c/2) + 8 (c%2) + 2t + h | row g + 8m of tile `group` |
+//! | V, 32 channels x 16 tokens | g + 8c | 16 group + 2t + 8m + h |
+//! | K, 16 channels x 32 tokens | 8 (c%2) + 2t + h | row g + 8m of tile 2 group + c/2 |
+//! | V, 16 channels x 32 tokens | g + 8 (c%2) | 32 group + 16 (c/2) + 2t + 8m + h |
+//!
+//! K's tiles of 16 tokens come in pairs that mirror each other around the block's centre: row r of tile 2i is token
+//! 64 + 16i + r, row r of tile 2i + 1 is token 63 - 16i - r. The two stand equally far from the centre, on either side, so
+//! that one product with cosines and one with sines of that distance serve both.
 //!
 //! Bits: each half h owns one 16-bit half of every 32-bit word, so `word & mask` gives the codes of a half2 as two fp16
 //! subnormals. Words and their order by width:
@@ -25,13 +29,19 @@
 //! | 6 | 2 u32, u32 | word m: (c<2) 6c, 12 high bits of (m,3); third word: (m,2) 6m, low bits of (m,3) 12 + 2m |
 //!
 //! The first column's words of all 32 lanes come first (a pair of words of a lane stays together), then the second
-//! column's. A trellis unit of width w is a plane of path bits in the layout of width 1, followed by the refinement
-//! codes in the layout of width w - 1.
+//! column's.
+//!
+//! A trellis unit of width 1 is its path bits u in the layout of width 1. A wider one begins with codes `2 u + top` in the
+//! layout of width 2, top the highest bit of the (w - 1)-bit refinement: a lane's word has path bit n at bit 2n + 1, so that
+//! three shifts by even numbers give the trellis' parities of all codes, and the last three path bits, which the chain
+//! takes on to its next unit, are bits 27, 29 and 31. The refinement's other w - 2 bits follow in the layout of width w - 2;
+//! at w = 3 the single bit lies in byte h of the lane's u16 in the order of [`SPREAD`].
 
 // Lanes index words, columns and codes at once; iterators over one of them would hide the format.
 #![allow(clippy::needless_range_loop)]
 
 use crate::layout::UnitShape;
+use crate::shape::BLOCK;
 
 /// Lanes of a warp.
 pub const LANES: usize = 32;
@@ -50,34 +60,52 @@ pub enum Stream {
     V,
 }
 
-/// (channel, token) inside the unit of code `n` of `lane`.
+/// Tokens of a tile, the rows or columns of one matrix instruction.
+const TILE: usize = 16;
+
+/// Token of a block at row `r` of K's tile `tile`.
 #[inline(always)]
-pub fn place(stream: Stream, unit: UnitShape, lane: usize, n: usize) -> (usize, usize) {
+pub fn tile_token(tile: usize, r: usize) -> usize {
+    let distance = TILE * (tile / 2) + r;
+    if tile.is_multiple_of(2) { BLOCK / 2 + distance } else { BLOCK / 2 - 1 - distance }
+}
+
+/// (tile of K, row) of a token of a block: the inverse of [`tile_token`].
+#[inline(always)]
+pub fn token_tile(token: usize) -> (usize, usize) {
+    let below = token < BLOCK / 2;
+    let distance = if below { BLOCK / 2 - 1 - token } else { token - BLOCK / 2 };
+    (2 * (distance / TILE) + usize::from(below), distance % TILE)
+}
+
+/// (channel in the unit, token in the block) of code `n` of `lane` in a unit of token group `group`.
+#[inline(always)]
+pub fn place(stream: Stream, unit: UnitShape, group: usize, lane: usize, n: usize) -> (usize, usize) {
     let (g, t) = (lane / 4, lane % 4);
     let (h, m, c) = (n / 8, n / 4 % 2, n % 4);
-    match (stream, unit.channels) {
-        (Stream::K, 32) => (16 * (c / 2) + 8 * (c % 2) + 2 * t + h, g + 8 * m),
-        (Stream::V, 32) => (g + 8 * c, 2 * t + 8 * m + h),
-        (Stream::K, _) => (8 * (c % 2) + 2 * t + h, 16 * (c / 2) + g + 8 * m),
-        (Stream::V, _) => (g + 8 * (c % 2), 16 * (c / 2) + 2 * t + 8 * m + h),
+    // Channels of 8 and tile of this code.
+    let (class, tile) = if unit.channels == 32 { (c, group) } else { (c % 2, 2 * group + c / 2) };
+    match stream {
+        Stream::K => (8 * class + 2 * t + h, tile_token(tile, g + 8 * m)),
+        Stream::V => (g + 8 * class, TILE * tile + 2 * t + 8 * m + h),
     }
 }
 
-/// (lane, code n) that holds a (channel, token) of a unit: the inverse of [`place`].
+/// (group, lane, code n) that holds a (channel in its unit, token in the block): the inverse of [`place`].
 #[inline(always)]
-pub fn locate(stream: Stream, unit: UnitShape, channel: usize, token: usize) -> (usize, usize) {
-    let (upper, token) = (token / 16, token % 16);
+pub fn locate(stream: Stream, unit: UnitShape, channel: usize, token: usize) -> (usize, usize, usize) {
+    let (tile, token) = match stream {
+        Stream::K => token_tile(token),
+        Stream::V => (token / TILE, token % TILE),
+    };
     let (row, column) = match stream {
         Stream::K => (token, channel),
         Stream::V => (channel, token),
     };
     let (g, t, h) = (row % 8, column % 8 / 2, column % 2);
-    let (m, class) = match stream {
-        Stream::K => (row / 8, channel / 8),
-        Stream::V => (column / 8, channel / 8),
-    };
-    let c = if unit.channels == 32 { class } else { class + 2 * upper };
-    (4 * g + t, 8 * h + 4 * m + c)
+    let (m, class) = (token / 8, channel / 8);
+    let (group, c) = if unit.channels == 32 { (tile, class) } else { (tile / 2, class + 2 * (tile % 2)) };
+    (group, 4 * g + t, 8 * h + 4 * m + c)
 }
 
 /// Byte of a slot, inside its unit, that holds a channel: a lane's bytes lie together, in the order of its codes.
@@ -208,23 +236,87 @@ pub fn unpack(width: usize, bytes: &[u8], codes: &mut Codes) {
     }
 }
 
+/// Bit, in byte h of a lane's u16, of the lowest refinement bit of code k = 4m + c of a trellis unit of width 3. With the
+/// byte in both bytes of a 16-bit half x, `e = x & 0x00ff | x << 2 & 0xff00` has those of even k at bit 2k + 3, and `e << 1`
+/// those of odd k at bit 2k + 1: every fourth bit, where the words of width 2 have pairs of codes.
+pub const SPREAD: [usize; 8] = [3, 2, 7, 6, 1, 0, 5, 4];
+
+/// Packs path bits and refinements of `width - 1` bits of a trellis unit into its `unit_bytes(width)` bytes.
+#[inline(always)]
+pub fn pack_trellis(width: usize, path: &Codes, refinement: &Codes, out: &mut [u8]) {
+    if width == 1 {
+        return pack(1, path, out);
+    }
+    let low_bits = width - 2;
+    let (head, tail) = out.split_at_mut(unit_bytes(2));
+    let mut codes = *path;
+    for (row, refinement) in codes.iter_mut().zip(refinement) {
+        row.iter_mut().zip(refinement).for_each(|(c, r)| *c = 2 * *c + (r >> low_bits));
+    }
+    pack(2, &codes, head);
+    if low_bits == 0 {
+        return;
+    }
+    for (n, row) in refinement.iter().enumerate() {
+        let to = &mut codes[if low_bits == 1 { n / 8 * 8 + SPREAD[n % 8] } else { n }];
+        to.iter_mut().zip(row).for_each(|(c, r)| *c = r & ((1 << low_bits) - 1));
+    }
+    pack(low_bits, &codes, tail);
+}
+
+/// Inverse of [`pack_trellis`].
+#[inline(always)]
+pub fn unpack_trellis(width: usize, bytes: &[u8], path: &mut Codes, refinement: &mut Codes) {
+    if width == 1 {
+        *refinement = [[0; LANES]; CODES];
+        return unpack(1, bytes, path);
+    }
+    let low_bits = width - 2;
+    let (head, tail) = bytes.split_at(unit_bytes(2));
+    let mut low: Codes = [[0; LANES]; CODES];
+    if low_bits > 0 {
+        unpack(low_bits, tail, &mut low);
+    }
+    unpack(2, head, path);
+    for (n, (row, path)) in refinement.iter_mut().zip(path).enumerate() {
+        let low = &low[if low_bits == 1 { n / 8 * 8 + SPREAD[n % 8] } else { n }];
+        for ((r, u), low) in row.iter_mut().zip(path).zip(low) {
+            *r = (*u & 1) << low_bits | low;
+            *u >>= 1;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn places_cover_the_unit_once() {
+    fn places_cover_the_block_once() {
         for unit in [UnitShape { channels: 32, tokens: 16 }, UnitShape { channels: 16, tokens: 32 }] {
             for stream in [Stream::K, Stream::V] {
-                let mut seen = vec![false; 512];
-                for lane in 0..LANES {
-                    for n in 0..CODES {
-                        let (c, t) = place(stream, unit, lane, n);
-                        assert!(c < unit.channels && t < unit.tokens);
-                        assert!(!std::mem::replace(&mut seen[c * unit.tokens + t], true));
-                        assert_eq!(locate(stream, unit, c, t), (lane, n));
+                let mut seen = vec![false; unit.channels * BLOCK];
+                for group in 0..unit.groups() {
+                    for lane in 0..LANES {
+                        for n in 0..CODES {
+                            let (c, t) = place(stream, unit, group, lane, n);
+                            assert!(c < unit.channels && t < BLOCK);
+                            assert!(!std::mem::replace(&mut seen[c * BLOCK + t], true));
+                            assert_eq!(locate(stream, unit, c, t), (group, lane, n));
+                        }
                     }
                 }
+            }
+        }
+    }
+
+    /// Rows of a pair of K's tiles stand equally far from the centre, which lies between tokens 63 and 64.
+    #[test]
+    fn tiles_of_a_pair_mirror_each_other() {
+        for tile in (0..8).step_by(2) {
+            for r in 0..16 {
+                assert_eq!(tile_token(tile, r), 64 + 8 * tile + r);
+                assert_eq!(tile_token(tile, r) + tile_token(tile + 1, r), 127);
             }
         }
     }
@@ -237,10 +329,10 @@ mod tests {
             for lane in 0..LANES {
                 for c in 0..classes {
                     for h in 0..2 {
-                        let (channel, _) = place(Stream::K, unit, lane, 8 * h + c);
+                        let (channel, _) = place(Stream::K, unit, 0, lane, 8 * h + c);
                         assert_eq!(slot_byte(Stream::K, unit, channel), lane % 4 * 2 * classes + 2 * c + h);
                     }
-                    let (channel, _) = place(Stream::V, unit, lane, c);
+                    let (channel, _) = place(Stream::V, unit, 0, lane, c);
                     assert_eq!(slot_byte(Stream::V, unit, channel), lane / 4 * classes + c);
                 }
             }
@@ -263,6 +355,69 @@ mod tests {
                             let mut back: Codes = [[0xee; LANES]; CODES];
                             unpack(width, &bytes, &mut back);
                             assert_eq!(codes, back, "width {width} n {n} lane {lane} bit {bit}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The same of a trellis unit's path bits and refinements.
+    #[test]
+    fn trellis_units_are_inverse_bit_by_bit() {
+        for width in 1..=6 {
+            let full = (1u8 << (width - 1)) - 1;
+            for n in 0..CODES {
+                for lane in [0, 1, 13, 31] {
+                    for bit in 0..width {
+                        for base in [false, true] {
+                            let mut path: Codes = [[u8::from(base); LANES]; CODES];
+                            let mut refinement: Codes = [[if base { full } else { 0 }; LANES]; CODES];
+                            match bit {
+                                0 => path[n][lane] ^= 1,
+                                _ => refinement[n][lane] ^= 1 << (bit - 1),
+                            }
+                            let mut bytes = vec![0; unit_bytes(width)];
+                            pack_trellis(width, &path, &refinement, &mut bytes);
+                            let mut back: [Codes; 2] = [[[0xee; LANES]; CODES]; 2];
+                            let [p, r] = &mut back;
+                            unpack_trellis(width, &bytes, p, r);
+                            assert_eq!([path, refinement], back, "width {width} n {n} lane {lane} bit {bit}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// What a kernel reads from a lane's words, whose bits the format promises.
+    #[test]
+    fn a_lanes_words_have_path_bits_and_refinements_where_kernels_look() {
+        let path: Codes =
+            std::array::from_fn(|n| std::array::from_fn(|l| ((n * 7 + l * 5 + n * l) % 3 % 2) as u8));
+        let word = |bytes: &[u8], at: usize, size: usize| {
+            bytes[at..at + size].iter().rev().fold(0u32, |w, &b| w << 8 | u32::from(b))
+        };
+        for width in 2..=6usize {
+            let refinement: Codes = std::array::from_fn(|n| {
+                std::array::from_fn(|l| ((n * 11 + l * 3 + n * l * 5) % (1 << (width - 1))) as u8)
+            });
+            let mut bytes = vec![0; unit_bytes(width)];
+            pack_trellis(width, &path, &refinement, &mut bytes);
+            for lane in 0..LANES {
+                let p = word(&bytes, 4 * lane, 4);
+                for n in 0..CODES {
+                    assert_eq!(p >> (2 * n + 1) & 1, u32::from(path[n][lane]));
+                    assert_eq!(p >> (2 * n) & 1, u32::from(refinement[n][lane]) >> (width - 2));
+                }
+                if width == 3 {
+                    let low = word(&bytes, unit_bytes(2) + 2 * lane, 2);
+                    for h in 0..2 {
+                        let x = (low >> (8 * h) & 0xff) * 0x0101;
+                        let e = x & 0x00ff | x << 2 & 0xff00;
+                        for k in 0..8 {
+                            let bit = if k % 2 == 0 { e >> (2 * k + 3) } else { e << 1 >> (2 * k + 1) };
+                            assert_eq!(bit & 1, u32::from(refinement[8 * h + k][lane]) & 1);
                         }
                     }
                 }

@@ -50,17 +50,13 @@ void unpack_width(const uint8_t *unit, uint8_t *codes) {
 }
 
 template <int W>
-void symbols_width(const uint8_t *unit, uint8_t *past, uint8_t *symbols) {
+void symbols_width(const uint8_t *unit, uint32_t *before, uint8_t *symbols) {
   for (int lane = 0; lane < kLanes; ++lane) {
-    const uint32_t window = trellis_window(load_u16(unit + 2 * lane), past[lane]);
-    past[lane] = uint8_t(trellis_next_past(window));
-    const uint32_t z1 = spread_bytes(trellis_z1(window)), z0 = spread_bytes(trellis_z0(window));
-    LaneWords w = {0, 0, 0};
-    if constexpr (W > 1) w = load_lane<W - 1>(unit + unit_bytes(1), lane);
+    const TrellisWords x = unpack_trellis<W>(unit, lane);
+    const uint32_t pairs = trellis_pairs(x.word, before[lane]);
+    before[lane] = W == 1 ? spread_path_end(load_u16(unit + 2 * lane)) : x.word;
     for_pairs([&]<int M, int C>() {
-      uint32_t refinement = 0;
-      if constexpr (W > 1) refinement = code_pair<W - 1, M, C>(w);
-      const uint32_t pair = kakeya::trellis_symbols<M, C>(refinement, z1, z0);
+      const uint32_t pair = kakeya::trellis_symbols<W, M, C>(x, pairs);
       const int n = 4 * M + C;
       symbols[n * kLanes + lane] = uint8_t(pair);
       symbols[(8 + n) * kLanes + lane] = uint8_t(pair >> 16);
@@ -124,11 +120,26 @@ void unpack(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint8_t> 
   with_width(width, [&]<int W>() { unpack_width<W>(unit.data(), codes.data()); });
 }
 
-void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint8_t> past,
+void pack_trellis(size_t width, rust::Slice<const uint8_t> path, rust::Slice<const uint8_t> refinement,
+                  rust::Slice<uint8_t> unit) {
+  require(path.size() == kCodes * kLanes && refinement.size() == kCodes * kLanes, "pack_trellis: sizes");
+  require(width >= 1 && width <= 6 && unit.size() == size_t(unit_bytes(int(width))), "pack_trellis: unit");
+  for (int lane = 0; lane < kLanes; ++lane) {
+    uint32_t bits = 0;
+    CodeBytes bytes = {{0, 0, 0, 0}};
+    for (int n = 0; n < kCodes; ++n) {
+      bits |= uint32_t(path[size_t(n * kLanes + lane)]) << n;
+      bytes.quarter[n / 4] |= uint32_t(refinement[size_t(n * kLanes + lane)]) << 8 * (n % 4);
+    }
+    kakeya::pack_trellis(int(width), unit.data(), lane, bits, bytes);
+  }
+}
+
+void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint32_t> before,
                      rust::Slice<uint8_t> symbols) {
-  require(symbols.size() == kCodes * kLanes && past.size() == kLanes, "trellis_symbols: sizes");
+  require(symbols.size() == kCodes * kLanes && before.size() == kLanes, "trellis_symbols: sizes");
   require(unit.size() == size_t(unit_bytes(int(width))), "trellis_symbols: unit");
-  with_width(width, [&]<int W>() { symbols_width<W>(unit.data(), past.data(), symbols.data()); });
+  with_width(width, [&]<int W>() { symbols_width<W>(unit.data(), before.data(), symbols.data()); });
 }
 
 bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uint32_t block_index,

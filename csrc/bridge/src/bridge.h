@@ -9,8 +9,13 @@ namespace kakeya {
 void pack(size_t width, rust::Slice<const uint8_t> codes, rust::Slice<uint8_t> unit);
 void unpack(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint8_t> codes);
 
-// Symbols [16][32] of a trellis unit of `width` bits; `past` [32]: the chain's memory, updated.
-void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint8_t> past,
+// Path bits and refinements [16][32] of a trellis unit of `width` bits into its bytes.
+void pack_trellis(size_t width, rust::Slice<const uint8_t> path, rust::Slice<const uint8_t> refinement,
+                  rust::Slice<uint8_t> unit);
+
+// Symbols [16][32] of a trellis unit of `width` bits; `before` [32]: the lanes' words of the chain's unit before,
+// updated.
+void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint32_t> before,
                      rust::Slice<uint8_t> symbols);
 
 // Seals a block, the threads of each phase one after the other. False: a value was not finite.

@@ -9,8 +9,11 @@ mod ffi {
         fn pack(width: usize, codes: &[u8], unit: &mut [u8]) -> Result<()>;
         /// Inverse of `pack`.
         fn unpack(width: usize, unit: &[u8], codes: &mut [u8]) -> Result<()>;
-        /// Symbols `[16][32]` of a trellis unit; `past` `[32]` carries the chains from unit to unit.
-        fn trellis_symbols(width: usize, unit: &[u8], past: &mut [u8], symbols: &mut [u8]) -> Result<()>;
+        /// Path bits and refinements `[16][32]` of a trellis unit of `width` bits into its `64 * width` bytes.
+        fn pack_trellis(width: usize, path: &[u8], refinement: &[u8], unit: &mut [u8]) -> Result<()>;
+        /// Symbols `[16][32]` of a trellis unit; `before` `[32]` carries the chains from unit to unit: the last three path
+        /// bits at bits 27, 29 and 31.
+        fn trellis_symbols(width: usize, unit: &[u8], before: &mut [u32], symbols: &mut [u8]) -> Result<()>;
         /// Seals a block from rows `[128][head_dim]` with the tables of `kakeya_codec::device::tables` (as words, for their
         /// alignment). `false`: a value was not finite, the page means nothing.
         fn seal(
@@ -34,4 +37,4 @@ mod ffi {
     }
 }
 
-pub use ffi::{open, pack, seal, trellis_symbols, unpack};
+pub use ffi::{open, pack, pack_trellis, seal, trellis_symbols, unpack};
