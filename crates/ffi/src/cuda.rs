@@ -2,30 +2,26 @@
 
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::size_of;
-use std::ptr::from_mut;
 
 use ::kakeya_codec::ModelShape;
 
-use crate::checks::{Region, Sized32, arguments, arguments_named, disjoint, pointer, struct_size, within};
-use crate::codec::{borrow, check_heads, check_layer, kakeya_codec};
+use crate::checks::{Sized32, arguments_named, pointer, struct_size, within};
+use crate::codec::{borrow, kakeya_codec};
 use crate::driver::{self, Device};
-use crate::dtype::kakeya_dtype;
-use crate::error::{Outcome, refuse};
-use crate::kernels::{AppendParams, AttendParams, Kernels, Limits, OpenParams, PlanParams, SealParams};
+use crate::kernels::{Kernels, Limits};
+use crate::launch::{handle, launch};
 use crate::panic::boundary;
-use crate::status::kakeya_status::{self, *};
-use crate::tensor::{OpenBlocks, OpenSlots, Pages, Tensor, table};
-use crate::version::KAKEYA_BLOCK_TOKENS;
+use crate::status::kakeya_status;
 
 /// A codec made ready for one CUDA device: kernels loaded, static tables in the device's memory.
 /// Immutable: any number of threads may use it at once. It does not need its codec any more.
 pub struct kakeya_cuda {
-    device: Device,
-    kernels: Kernels,
-    limits: Limits,
-    tables: u64,
-    shape: ModelShape,
-    page_bytes: usize,
+    pub(crate) device: Device,
+    pub(crate) kernels: Kernels,
+    pub(crate) limits: Limits,
+    pub(crate) tables: u64,
+    pub(crate) shape: ModelShape,
+    pub(crate) page_bytes: usize,
 }
 
 /// What steps on the device hold at most; sizes of buffers follow from it (kakeya_cuda_sizes).
@@ -401,44 +397,8 @@ pub unsafe extern "C" fn kakeya_cuda_plan(
     cuda: *const kakeya_cuda,
     args: *const kakeya_cuda_plan_args,
 ) -> kakeya_status {
-    boundary(|| {
-        let args = arguments(args)?;
-        // SAFETY: the header asks for a value that is not released during the call.
-        let cuda = unsafe { handle(cuda) }?;
-        let limits = &cuda.limits;
-        within("num_seqs", args.num_seqs.into(), 0, limits.max_seqs.into())?;
-        let inputs = Sequences::new(
-            args.num_seqs,
-            args.query_start,
-            args.seq_lens,
-            args.block_table,
-            [args.max_blocks_per_seq as i64, args.block_table_stride],
-        )?;
-        let open_slot = Region::new("open_slot", args.open_slot, args.num_blocks as usize)?;
-        let plan = Region::new("plan", args.plan, limits.plan_len() as usize)?;
-        disjoint(&[plan.extent()], &[&inputs.extents()[..], &[open_slot.extent()]].concat())?;
-        let mut params = PlanParams {
-            query_start: args.query_start,
-            seq_lens: args.seq_lens,
-            block_table: args.block_table,
-            open_slot: args.open_slot,
-            block_table_stride: args.block_table_stride,
-            plan: args.plan,
-            num_seqs: args.num_seqs as i32,
-            max_seqs: limits.max_seqs as i32,
-            max_tasks: limits.max_tasks() as i32,
-            max_query: limits.max_query as i32,
-        };
-        // SAFETY: the kernel takes this one struct; the header asks for memory that is there until it has run.
-        unsafe {
-            cuda.device.launch(
-                &cuda.kernels.plan,
-                [1, 1, 1],
-                args.stream,
-                &mut [from_mut(&mut params).cast()],
-            )
-        }
-    })
+    // SAFETY: the header asks of the caller what `launch` asks.
+    unsafe { launch(cuda, args, kakeya_cuda::plan) }
 }
 
 /// Copies the K and V of a step into open blocks: every token whose block has a slot.
@@ -449,38 +409,8 @@ pub unsafe extern "C" fn kakeya_cuda_append(
     cuda: *const kakeya_cuda,
     args: *const kakeya_cuda_write_args,
 ) -> kakeya_status {
-    boundary(|| {
-        let args = arguments(args)?;
-        // SAFETY: the header asks for a value that is not released during the call.
-        let cuda = unsafe { handle(cuda) }?;
-        let element = cuda.check_write(&args)?;
-        let heads = cuda.limits.num_kv_heads;
-        let mut params = AppendParams {
-            k: args.k,
-            v: args.v,
-            k_token_stride: args.k_token_stride,
-            k_head_stride: args.k_head_stride,
-            v_token_stride: args.v_token_stride,
-            v_head_stride: args.v_head_stride,
-            slot_mapping: args.slot_mapping,
-            open_slot: args.open_slot,
-            open_blocks: args.open_blocks,
-            num_tokens: args.num_tokens as i32,
-            num_kv_heads: heads as i32,
-            head_dim: cuda.shape.head_dim as i32,
-            reserved: 0,
-        };
-        let grid = cuda.kernels.append_grid(args.num_tokens, heads, cuda.shape.head_dim);
-        // SAFETY: as in kakeya_cuda_plan.
-        unsafe {
-            cuda.device.launch(
-                &cuda.kernels.append[element],
-                grid,
-                args.stream,
-                &mut [from_mut(&mut params).cast()],
-            )
-        }
-    })
+    // SAFETY: the header asks of the caller what `launch` asks.
+    unsafe { launch(cuda, args, kakeya_cuda::append) }
 }
 
 /// Seals the blocks that the step fills, after kakeya_cuda_append of the same step and layer: from k
@@ -492,42 +422,8 @@ pub unsafe extern "C" fn kakeya_cuda_seal(
     cuda: *const kakeya_cuda,
     args: *const kakeya_cuda_write_args,
 ) -> kakeya_status {
-    boundary(|| {
-        let args = arguments(args)?;
-        // SAFETY: the header asks for a value that is not released during the call.
-        let cuda = unsafe { handle(cuda) }?;
-        let element = cuda.check_write(&args)?;
-        let heads = cuda.limits.num_kv_heads;
-        let mut params = SealParams {
-            tables: cuda.tables,
-            k: args.k,
-            v: args.v,
-            k_token_stride: args.k_token_stride,
-            k_head_stride: args.k_head_stride,
-            v_token_stride: args.v_token_stride,
-            v_head_stride: args.v_head_stride,
-            open_blocks: args.open_blocks,
-            plan: args.plan,
-            pages: args.pages,
-            page_block_stride: args.page_block_stride,
-            page_head_stride: args.page_head_stride,
-            status: args.status,
-            layer: args.layer as i32,
-            first_head: args.first_head as i32,
-            num_kv_heads: heads as i32,
-            element: element as i32,
-        };
-        let grid = cuda.kernels.seal_grid(args.num_seqs, args.num_tokens, heads);
-        // SAFETY: as in kakeya_cuda_plan.
-        unsafe {
-            cuda.device.launch(
-                &cuda.kernels.seal[element],
-                grid,
-                args.stream,
-                &mut [from_mut(&mut params).cast()],
-            )
-        }
-    })
+    // SAFETY: the header asks of the caller what `launch` asks.
+    unsafe { launch(cuda, args, kakeya_cuda::seal) }
 }
 
 /// Attention of the sequences with up to max_query tokens in this step, after kakeya_cuda_append. A
@@ -541,95 +437,8 @@ pub unsafe extern "C" fn kakeya_cuda_attend(
     cuda: *const kakeya_cuda,
     args: *const kakeya_cuda_attend_args,
 ) -> kakeya_status {
-    boundary(|| {
-        let args = arguments(args)?;
-        // SAFETY: the header asks for a value that is not released during the call.
-        let cuda = unsafe { handle(cuda) }?;
-        let (limits, attend) = (&cuda.limits, &cuda.kernels.attend);
-        let (dtype, element) = cuda.check_common(args.layer, args.first_head, args.dtype)?;
-        within("num_seqs", args.num_seqs.into(), 0, limits.max_seqs.into())?;
-        within("num_tokens", args.num_tokens.into(), 0, limits.max_tokens.into())?;
-        if !args.scale.is_finite() {
-            return refuse!(KAKEYA_ERR_OUT_OF_RANGE, "scale is {}; valid: a finite number", args.scale);
-        }
-        let group = cuda.shape.num_q_heads / cuda.shape.num_kv_heads;
-        let shape = [args.num_tokens as usize, limits.num_kv_heads as usize * group, cuda.shape.head_dim];
-        let q = Tensor::input("q", dtype, args.q, shape, [args.q_token_stride, args.q_head_stride])?;
-        let out =
-            Tensor::output("out", dtype, args.out, shape, [args.out_token_stride, args.out_head_stride])?;
-        aligned("q", args.q, &[args.q_token_stride * 2, args.q_head_stride * 2])?;
-        aligned("out", args.out, &[args.out_token_stride * 2, args.out_head_stride * 2])?;
-        let sequences = Sequences::new(
-            args.num_seqs,
-            args.query_start,
-            args.seq_lens,
-            args.block_table,
-            [args.max_blocks_per_seq as i64, args.block_table_stride],
-        )?;
-        let pages =
-            cuda.pages(args.pages, args.num_blocks, [args.page_block_stride, args.page_head_stride])?;
-        let open_blocks = cuda.open_blocks(dtype, args.open_blocks, args.num_open)?;
-        let open_slot = OpenSlots::new(args.open_slot, args.num_open, args.num_blocks as usize)?;
-        let plan = Region::new("plan", args.plan, limits.plan_len() as usize)?;
-        let workspace = Region::new(
-            "workspace",
-            args.workspace,
-            attend.workspace_len(limits, cuda.shape.head_dim) as usize,
-        )?;
-        let counters = Region::new("counters", args.counters, attend.counters_len(limits) as usize)?;
-        disjoint(
-            &[out.extent(), workspace.extent(), counters.extent()],
-            &[
-                &sequences.extents()[..],
-                &[q.extent(), pages.region.extent(), open_blocks.extent(), open_slot.extent(), plan.extent()],
-            ]
-            .concat(),
-        )?;
-        if args.num_seqs == 0 || args.num_tokens == 0 {
-            return Ok(());
-        }
-        let mut params = AttendParams {
-            tables: cuda.tables,
-            pages: args.pages,
-            page_block_stride: args.page_block_stride,
-            page_head_stride: args.page_head_stride,
-            q: args.q,
-            q_token_stride: args.q_token_stride,
-            q_head_stride: args.q_head_stride,
-            out: args.out,
-            out_token_stride: args.out_token_stride,
-            out_head_stride: args.out_head_stride,
-            open_blocks: args.open_blocks,
-            open_slot: args.open_slot,
-            block_table: args.block_table,
-            block_table_stride: args.block_table_stride,
-            query_start: args.query_start,
-            seq_lens: args.seq_lens,
-            plan: args.plan,
-            workspace: args.workspace,
-            counters: args.counters,
-            num_seqs: args.num_seqs as i32,
-            max_tasks: limits.max_tasks() as i32,
-            num_kv_heads: limits.num_kv_heads as i32,
-            group: group as i32,
-            layer: args.layer as i32,
-            first_head: args.first_head as i32,
-            element: element as i32,
-            reserved: 0,
-            scale: args.scale,
-            reserved2: 0,
-        };
-        let mut stages = attend.stages;
-        // SAFETY: as in kakeya_cuda_plan; this kernel's second parameter is the number of stages, uint32_t.
-        unsafe {
-            cuda.device.launch(
-                &attend.kernel,
-                attend.grid,
-                args.stream,
-                &mut [from_mut(&mut params).cast(), from_mut(&mut stages).cast()],
-            )
-        }
-    })
+    // SAFETY: the header asks of the caller what `launch` asks.
+    unsafe { launch(cuda, args, kakeya_cuda::attend) }
 }
 
 /// Opens pages into dense rows, for prefill that continues a sequence, and for debugging.
@@ -640,156 +449,6 @@ pub unsafe extern "C" fn kakeya_cuda_open(
     cuda: *const kakeya_cuda,
     args: *const kakeya_cuda_open_args,
 ) -> kakeya_status {
-    boundary(|| {
-        let args = arguments(args)?;
-        // SAFETY: the header asks for a value that is not released during the call.
-        let cuda = unsafe { handle(cuda) }?;
-        let heads = cuda.limits.num_kv_heads;
-        let (dtype, element) = cuda.check_common(args.layer, args.first_head, args.dtype)?;
-        within("count", args.count.into(), 0, cuda.shape.max_blocks() as u64)?;
-        let shape = [args.count as usize * KAKEYA_BLOCK_TOKENS as usize, heads as usize, cuda.shape.head_dim];
-        let k = Tensor::output("k", dtype, args.k, shape, [args.k_token_stride, args.k_head_stride])?;
-        let v = Tensor::output("v", dtype, args.v, shape, [args.v_token_stride, args.v_head_stride])?;
-        aligned("k", args.k, &[args.k_token_stride * 2, args.k_head_stride * 2])?;
-        aligned("v", args.v, &[args.v_token_stride * 2, args.v_head_stride * 2])?;
-        let pages =
-            cuda.pages(args.pages, args.num_blocks, [args.page_block_stride, args.page_head_stride])?;
-        let blocks = Region::new("blocks", args.blocks, args.count as usize)?;
-        disjoint(&[k.extent(), v.extent()], &[pages.region.extent(), blocks.extent()])?;
-        let mut params = OpenParams {
-            tables: cuda.tables,
-            pages: args.pages,
-            page_block_stride: args.page_block_stride,
-            page_head_stride: args.page_head_stride,
-            blocks: args.blocks,
-            k: args.k,
-            v: args.v,
-            k_token_stride: args.k_token_stride,
-            k_head_stride: args.k_head_stride,
-            v_token_stride: args.v_token_stride,
-            v_head_stride: args.v_head_stride,
-            num_blocks: args.count as i32,
-            layer: args.layer as i32,
-            first_head: args.first_head as i32,
-            num_kv_heads: heads as i32,
-            element: element as i32,
-            reserved: 0,
-        };
-        // SAFETY: as in kakeya_cuda_plan.
-        unsafe {
-            cuda.device.launch(
-                &cuda.kernels.open[element],
-                [args.count, heads, 2],
-                args.stream,
-                &mut [from_mut(&mut params).cast()],
-            )
-        }
-    })
-}
-
-/// Borrows the handle of a call.
-///
-/// # Safety
-/// `cuda` is NULL or came from kakeya_cuda_new and is not released during the call.
-unsafe fn handle<'a>(cuda: *const kakeya_cuda) -> Outcome<&'a kakeya_cuda> {
-    pointer("cuda", cuda)?;
-    // SAFETY: not NULL, aligned; alive by the promise above, and no call ever writes it.
-    Ok(unsafe { &*cuda })
-}
-
-/// Refuses what 16-byte accesses and bulk copies of the kernels cannot reach. `strides` in bytes.
-fn aligned(name: &str, ptr: *const c_void, strides: &[i64]) -> Outcome {
-    if !ptr.addr().is_multiple_of(16) {
-        return refuse!(KAKEYA_ERR_MISALIGNED, "{name} is at {ptr:p}; valid on CUDA: a multiple of 16");
-    }
-    match strides.iter().find(|stride| *stride % 16 != 0) {
-        Some(stride) => refuse!(
-            KAKEYA_ERR_MISALIGNED,
-            "a stride of {name} is {stride} bytes; valid on CUDA: multiples of 16"
-        ),
-        None => Ok(()),
-    }
-}
-
-/// query_start, seq_lens and block_table of a step.
-struct Sequences {
-    query_start: Region<i32>,
-    seq_lens: Region<i32>,
-    block_table: Region<i32>,
-}
-
-impl Sequences {
-    fn new(
-        num_seqs: u32,
-        query_start: *const i32,
-        seq_lens: *const i32,
-        block_table: *const i32,
-        [columns, stride]: [i64; 2],
-    ) -> Outcome<Self> {
-        let seqs = num_seqs as usize;
-        Ok(Self {
-            query_start: Region::new("query_start", query_start, seqs + 1)?,
-            seq_lens: Region::new("seq_lens", seq_lens, seqs)?,
-            block_table: table(block_table, seqs, columns as usize, stride)?.0,
-        })
-    }
-
-    fn extents(&self) -> [crate::checks::Extent; 3] {
-        [self.query_start.extent(), self.seq_lens.extent(), self.block_table.extent()]
-    }
-}
-
-impl kakeya_cuda {
-    /// What append and seal both ask of their arguments; the index of the element type.
-    fn check_write(&self, args: &kakeya_cuda_write_args) -> Outcome<usize> {
-        let (dtype, element) = self.check_common(args.layer, args.first_head, args.dtype)?;
-        within("num_tokens", args.num_tokens.into(), 0, self.limits.max_tokens.into())?;
-        within("num_seqs", args.num_seqs.into(), 0, self.limits.max_seqs.into())?;
-        let shape = [args.num_tokens as usize, self.limits.num_kv_heads as usize, self.shape.head_dim];
-        let k = Tensor::input("k", dtype, args.k, shape, [args.k_token_stride, args.k_head_stride])?;
-        let v = Tensor::input("v", dtype, args.v, shape, [args.v_token_stride, args.v_head_stride])?;
-        aligned("k", args.k, &[args.k_token_stride * 2, args.k_head_stride * 2])?;
-        aligned("v", args.v, &[args.v_token_stride * 2, args.v_head_stride * 2])?;
-        let slot_mapping = Region::new("slot_mapping", args.slot_mapping, args.num_tokens as usize)?;
-        let open_slot = OpenSlots::new(args.open_slot, args.num_open, args.num_blocks as usize)?;
-        let open_blocks = self.open_blocks(dtype, args.open_blocks, args.num_open)?;
-        let plan = Region::new("plan", args.plan, self.limits.plan_len() as usize)?;
-        let pages =
-            self.pages(args.pages, args.num_blocks, [args.page_block_stride, args.page_head_stride])?;
-        let status = Region::new("status", args.status, 1)?;
-        disjoint(
-            &[open_blocks.extent(), pages.region.extent(), status.extent()],
-            &[k.extent(), v.extent(), slot_mapping.extent(), open_slot.extent(), plan.extent()],
-        )?;
-        Ok(element)
-    }
-
-    fn check_common(&self, layer: u32, first_head: u32, dtype: u32) -> Outcome<(kakeya_dtype, usize)> {
-        check_layer(&self.shape, layer)?;
-        check_heads(&self.shape, first_head, "num_kv_heads", self.limits.num_kv_heads)?;
-        match kakeya_dtype::from_number(dtype)? {
-            dtype @ kakeya_dtype::KAKEYA_DTYPE_BF16 => Ok((dtype, 0)),
-            dtype @ kakeya_dtype::KAKEYA_DTYPE_F16 => Ok((dtype, 1)),
-            kakeya_dtype::KAKEYA_DTYPE_F32 => {
-                refuse!(KAKEYA_ERR_BAD_DTYPE, "dtype is 2 (f32); valid on CUDA: 0 (bf16), 1 (f16)")
-            }
-        }
-    }
-
-    fn pages(&self, ptr: *const u8, num_blocks: u32, strides: [i64; 2]) -> Outcome<Pages> {
-        let pages = Pages::new(
-            ptr,
-            [num_blocks as usize, self.limits.num_kv_heads as usize, self.page_bytes],
-            strides,
-        )?;
-        aligned("pages", ptr.cast(), &strides)?;
-        Ok(pages)
-    }
-
-    fn open_blocks(&self, dtype: kakeya_dtype, ptr: *const c_void, num_open: u32) -> Outcome<OpenBlocks> {
-        let heads = self.limits.num_kv_heads as usize;
-        let open_blocks = OpenBlocks::new(self.shape.head_dim, dtype, ptr, num_open, heads)?;
-        aligned("open_blocks", ptr, &[])?;
-        Ok(open_blocks)
-    }
+    // SAFETY: the header asks of the caller what `launch` asks.
+    unsafe { launch(cuda, args, kakeya_cuda::open) }
 }

@@ -24,6 +24,7 @@
 mod checks;
 mod driver;
 mod kernels;
+mod launch;
 mod panic;
 mod tensor;
 mod text;
