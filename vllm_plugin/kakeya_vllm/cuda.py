@@ -361,14 +361,9 @@ class CudaLayer:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.stride(-1) != 1:
                 raise ValueError(f"{name} must be contiguous in its last dimension")
-        stream = current_stream(self.worker.device)
-        codec = self.worker.codec
-        self._fill_write(step, key, value, kv_cache, stream)
-        codec.append(self._write)
-        codec.seal(self._write)
+        self.write(step, key, value, kv_cache)
         if step.decodes:
-            self._fill_attend(step, query, kv_cache, output, stream)
-            codec.attend(self._attend)
+            self.attend(step, query, kv_cache, output)
         for prefill in step.prefills:
             rows = slice(prefill.begin, prefill.end)
             if prefill.history:
@@ -388,14 +383,14 @@ class CudaLayer:
                     out=output[rows],
                 )
 
-    def _fill_write(
+    def write(
         self,
         step: KakeyaCudaMetadata,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        stream: int,
     ) -> None:
+        """K and V of the step into open blocks, and the blocks that it fills into pages."""
         args = self._write
         args.num_tokens = step.num_tokens
         args.num_seqs = step.num_seqs
@@ -409,16 +404,18 @@ class CudaLayer:
         args.plan = step.plan.data_ptr()
         args.pages = kv_cache.data_ptr()
         args.page_block_stride, args.page_head_stride = kv_cache.stride()[:2]
-        args.stream = stream
+        args.stream = current_stream(self.worker.device)
+        self.worker.codec.append(args)
+        self.worker.codec.seal(args)
 
-    def _fill_attend(
+    def attend(
         self,
         step: KakeyaCudaMetadata,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         output: torch.Tensor,
-        stream: int,
     ) -> None:
+        """Attention of the sequences that decode."""
         args = self._attend
         args.num_seqs = step.num_seqs
         args.num_tokens = step.num_tokens
@@ -436,7 +433,8 @@ class CudaLayer:
         args.page_block_stride, args.page_head_stride = kv_cache.stride()[:2]
         args.open_slot = step.open_slot.data_ptr()
         args.plan = step.plan.data_ptr()
-        args.stream = stream
+        args.stream = current_stream(self.worker.device)
+        self.worker.codec.attend(args)
 
     def _continue(
         self,
