@@ -269,7 +269,11 @@ def run_elsewhere(
         "counters": counters or [],
         "options": options,
     }
-    with variables({"PYTHONPATH": str(Path(__file__).parent)} | (env or {})):
+    # In front of what is there: vLLM itself may be found that way.
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    with variables({"PYTHONPATH": path} | (env or {})):
         done = subprocess.run(
             [sys.executable, __file__, json.dumps(job)],
             capture_output=True,
