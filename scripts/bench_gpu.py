@@ -1,26 +1,37 @@
 """Engine benchmark on a GPU: Qwen3-4B shapes with dummy weights, one process an engine.
 
-    python scripts/bench_gpu.py                         # the table of docs/benchmarks.md
+    python scripts/bench_gpu.py                         # the tables of docs/benchmarks.md
     python scripts/bench_gpu.py --cells 64x8192,1x8192 --caches bf16,kakeya-4.6x
 
-For each cache and each cell (batch x context): prompts of the context's length are prefilled, then
-every sequence decodes 128 tokens. Printed: milliseconds a token (median of the last steps, all
-sequences decoding), seconds to prefill, tokens of capacity. The caches: bf16, fp8, or a recipe.
-Weights are random, so the text means nothing; times and sizes are those of the shapes.
+For each cache, with full CUDA graphs for decoding and no torch.compile:
+
+- time to the first token of one prompt of 8,192 and of 32,768 tokens, and tokens a second of
+  prefilling eight prompts of 8,192: medians of runs with prompts of their own;
+- for each cell (batch x context): prompts of that length are prefilled, then all sequences decode;
+  milliseconds a token are the median of the steps in which all do;
+- tokens of capacity.
+
+The caches: bf16, fp8, or a recipe; a recipe that needs calibration gets a synthetic artefact.
+Weights are random, so the text means nothing; times and sizes are those of the shapes. Ratios are
+against bf16, above 1 is better; what loses is bold (prefill and first tokens: by more than 5 %).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import bench_common as common
 
 QWEN3_4B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -41,84 +52,166 @@ QWEN3_4B = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-CELLS = "64x8192,1x8192,1x32768,256x2048"
-CACHES = "bf16,fp8,kakeya-free-4.6x,kakeya-free-4.6x-uniform"
-DECODED = 128
+# The last one does not fit in bf16.
+CELLS = "1x8192,64x8192,256x8192"
+CACHES = "bf16,fp8,kakeya-4.6x,kakeya-4.6x-uniform"
+FIRST_TOKEN = "8192,32768"
+PREFILL = (8, 8192)  # prompts, tokens of each
+STEP_TOKENS = 8192
+# A ratio of prefill below this loses: within 5 % of bf16 is as good.
+PREFILL_BOUND = 0.95
 
 
-def engine(model: str, cache: str, cells: list[tuple[int, int]], options: dict[str, Any]) -> Any:
-    """One engine with one cache, large enough for all cells."""
+def growth(batch: int, context: int, decoded: int) -> int:
+    """Tokens that the first sequence of a batch decodes until all have decoded ``decoded``.
+
+    While the rest is prefilled, those that are through decode a token a step, out of the same
+    budget of tokens.
+    """
+    return math.ceil(batch * context / max(1, STEP_TOKENS - batch)) + decoded + 16
+
+
+def engine(model: str, cache: str, arguments: argparse.Namespace) -> Any:
+    """One engine with one cache, large enough for all that is measured."""
     from vllm import LLM
 
+    cells = common.cells(arguments.cells)
+    longest = [context + growth(batch, context, arguments.steps) for batch, context in cells]
+    longest += [length + 16 for length in first_tokens(arguments)]
+    batches = sorted({1, 2, *(batch for batch, _ in cells)})
     settings: dict[str, Any] = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "max_model_len": max(context for _, context in cells) + DECODED + 8,
-        "max_num_seqs": max(batch for batch, _ in cells),
-        "max_num_batched_tokens": 8192,
+        "max_model_len": max(longest),
+        "max_num_seqs": max(*batches, PREFILL[0]),
+        "max_num_batched_tokens": STEP_TOKENS,
         "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.9,
         "seed": 0,
         "disable_log_stats": True,
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": batches,
+        },
     }
     if cache == "fp8":
         settings["kv_cache_dtype"] = "fp8"
     elif cache != "bf16":
         settings["attention_backend"] = "KAKEYA"
-        settings["additional_config"] = {"kakeya": {"recipe": cache, "calibration": ""}}
-    return LLM(model, **(settings | options))
+        chosen = {"recipe": cache, "calibration": artefact(model, cache)}
+        settings["additional_config"] = {"kakeya": chosen}
+    return LLM(model, **(settings | json.loads(arguments.options)))
 
 
-def measure(llm: Any, batch: int, context: int) -> dict[str, float]:
-    """Prefill `batch` prompts of `context` tokens, then decode; steps of the engine are timed."""
-    from vllm import SamplingParams
+def artefact(model: str, recipe: str) -> str:
+    """Path of a synthetic artefact for the model, "" for a recipe that needs none."""
+    from kakeya_vllm.config import model_fingerprint
 
-    inner = llm.llm_engine
-    parameters = SamplingParams(
-        temperature=0, max_tokens=DECODED, ignore_eos=True, detokenize=False
-    )
-    start = time.perf_counter()
-    for i in range(batch):
-        # Different prompts, any tokens: no prefix is shared.
-        tokens = [(7 * i + 13 * j + j // 97) % 150000 for j in range(context)]
-        inner.add_request(f"{batch}x{context}-{i}", {"prompt_token_ids": tokens}, parameters)
-    counts: dict[str, int] = {}
-    times = [time.perf_counter()]
-    totals = [0]
-    while inner.has_unfinished_requests():
-        for output in inner.step():
+    if not common.needs_calibration(recipe):
+        return ""
+    path = Path(model) / "calibration.safetensors"
+    shape = (QWEN3_4B[name] for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    path.write_bytes(common.Statistics(*shape).artefact(model_fingerprint(QWEN3_4B)))
+    return str(path)
+
+
+def prompt(seed: int, length: int) -> dict[str, list[int]]:
+    """Any tokens; no two seeds share a prefix."""
+    return {"prompt_token_ids": [(7919 * seed + 13 * j + j // 97) % 150000 for j in range(length)]}
+
+
+class Steps:
+    """Requests through an engine, one step at a time."""
+
+    def __init__(self, llm: Any) -> None:
+        self.engine = llm.llm_engine
+        self.seed = 0
+
+    def add(self, count: int, length: int, max_tokens: int) -> list[str]:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+        )
+        prompts = [prompt(self.seed + i, length) for i in range(count)]
+        names = [f"request-{self.seed + i}" for i in range(count)]
+        self.seed += count
+        for name, tokens in zip(names, prompts, strict=True):
+            self.engine.add_request(name, tokens, parameters)
+        return names
+
+    def step(self, counts: dict[str, int]) -> None:
+        """One step; ``counts`` follows the tokens of every request."""
+        for output in self.engine.step():
             counts[output.request_id] = len(output.outputs[0].token_ids)
-        times.append(time.perf_counter())
-        totals.append(sum(counts.values()))
-    steps = [
-        1e3 * (b - a)
-        for a, b, x, y in zip(times, times[1:], totals, totals[1:], strict=False)
-        if y - x == batch
-    ]
-    first = next(t for t, total in zip(times, totals, strict=True) if total >= batch)
-    return {
-        "ms_a_token": round(statistics.median(steps[len(steps) // 4 :]), 3) if steps else 0.0,
-        "steps": len(steps),
-        "prefill_s": round(first - start, 3),
-    }
+
+    def finish(self, counts: dict[str, int]) -> None:
+        while self.engine.has_unfinished_requests():
+            self.step(counts)
+
+    def prefill_s(self, count: int, length: int) -> float:
+        """Seconds until each of ``count`` prompts has its first and only token."""
+        start = time.perf_counter()
+        self.add(count, length, 1)
+        self.finish({})
+        return time.perf_counter() - start
+
+    def decode(self, batch: int, context: int, steps: int) -> dict[str, float]:
+        """Prefill a batch, then decode until ``steps`` steps gave every sequence a token."""
+        began = time.perf_counter()
+        names = self.add(batch, context, growth(batch, context, steps))
+        counts: dict[str, int] = {}
+        while len(counts) < batch:
+            self.step(counts)
+        prefilled = time.perf_counter()
+        times = []
+        while len(times) < steps and self.engine.has_unfinished_requests():
+            before, start = sum(counts.values()), time.perf_counter()
+            self.step(counts)
+            if sum(counts.values()) - before == batch:
+                times.append(1e3 * (time.perf_counter() - start))
+        if len(times) < steps:
+            raise RuntimeError(f"only {len(times)} of {steps} steps decoded all {batch} sequences")
+        self.engine.abort_request(names)
+        self.finish(counts)
+        # The first steps may still hold what prefill left to do.
+        median = statistics.median(times[len(times) // 4 :])
+        return {"ms_a_token": round(median, 3), "prefill_s": round(prefilled - began, 2)}
 
 
 def child(arguments: argparse.Namespace) -> None:
-    cells = parse(arguments.cells)
-    llm = engine(arguments.model, arguments.child, cells, json.loads(arguments.options))
+    """Measure one cache; every result is a line, so that those before a failure count."""
+
+    def result(name: str, values: dict[str, Any]) -> None:
+        print("RESULT", json.dumps({"name": name, **values}), flush=True)
+
+    began = time.perf_counter()
+    llm = engine(arguments.model, arguments.child, arguments)
     cache = llm.llm_engine.vllm_config.cache_config
-    print("RESULT", json.dumps({"capacity": cache.num_gpu_blocks * cache.block_size}), flush=True)
-    measure(llm, 2, 256)  # compiles what is compiled at first use
-    for batch, context in cells:
-        if batch * (context + DECODED) > cache.num_gpu_blocks * cache.block_size:
-            result: dict[str, Any] = {"does_not_fit": True}
+    capacity = cache.num_gpu_blocks * cache.block_size
+    start_s = round(time.perf_counter() - began, 1)
+    result("engine", {"capacity": capacity, "start_s": start_s})
+    steps = Steps(llm)
+    steps.decode(2, 256, 8)  # compiles what is compiled at first use
+    for length in first_tokens(arguments):
+        steps.prefill_s(1, length)
+        times = [steps.prefill_s(1, length) for _ in range(arguments.repeats)]
+        result(f"first token, {length:,}", {"ms": round(1e3 * statistics.median(times), 1)})
+    if not arguments.no_prefill:
+        count, length = PREFILL
+        times = [steps.prefill_s(count, length) for _ in range(arguments.repeats)]
+        result("prefill", {"tokens_a_s": round(count * length / statistics.median(times))})
+    for batch, context in common.cells(arguments.cells):
+        blocks = -(-(context + growth(batch, context, arguments.steps)) // cache.block_size)
+        if batch * blocks * cache.block_size > capacity:
+            result(f"{batch}x{context}", {"does_not_fit": True})
         else:
-            result = measure(llm, batch, context)
-        print("RESULT", json.dumps({"cell": f"{batch}x{context}", **result}), flush=True)
+            result(f"{batch}x{context}", steps.decode(batch, context, arguments.steps))
 
 
-def parse(cells: str) -> list[tuple[int, int]]:
-    return [tuple(int(x) for x in cell.split("x")) for cell in cells.split(",")]
+def first_tokens(arguments: argparse.Namespace) -> list[int]:
+    return [int(length) for length in arguments.first_token.split(",") if length]
 
 
 def main() -> None:
@@ -127,64 +220,98 @@ def main() -> None:
     )
     parser.add_argument("--cells", default=CELLS, help="batch x context, with commas")
     parser.add_argument("--caches", default=CACHES, help="bf16, fp8, names of recipes")
+    parser.add_argument("--steps", type=int, default=64, help="steps of decoding that are timed")
+    parser.add_argument(
+        "--first-token", default=FIRST_TOKEN, help='lengths of prompts, with commas; "": none'
+    )
+    parser.add_argument("--no-prefill", action="store_true", help="leave out its throughput")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of a prompt length")
     parser.add_argument("--options", default="{}", help="more options of vllm.LLM, JSON")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds an engine may take")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds an engine may take")
     parser.add_argument("--out", help="also write the results here, JSON")
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    common.cells(arguments.cells)
     if arguments.child:
         child(arguments)
         return
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"environment": common.environment(), "caches": {}}
+    print(json.dumps(results["environment"], indent=1), flush=True)
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(QWEN3_4B))
         for cache in arguments.caches.split(","):
-            results[cache] = run(directory, cache, arguments)
-    report(results, [f"{b}x{c}" for b, c in parse(arguments.cells)])
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(results, indent=1))
+            results["caches"][cache] = run(directory, cache, arguments)
+            if arguments.out:
+                Path(arguments.out).write_text(json.dumps(results, indent=1))
+    print(report(results["caches"]))
+    if any("failed" in found for found in results["caches"].values()):
+        sys.exit(1)
 
 
 def run(directory: str, cache: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one cache in a process of its own: engines do not give all memory back."""
     command = [sys.executable, __file__, "--child", cache, "--model", directory]
     command += ["--cells", arguments.cells, "--options", arguments.options]
+    command += ["--steps", str(arguments.steps), "--repeats", str(arguments.repeats)]
+    command += [f"--first-token={arguments.first_token}"]
+    if arguments.no_prefill:
+        command.append("--no-prefill")
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
     found: dict[str, Any] = {}
+    tail: list[str] = []
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        began = time.monotonic()
-        tail: list[str] = []
+        # A timer, because a hung engine prints nothing.
+        timer = threading.Timer(arguments.timeout, process.kill)
+        timer.start()
         for line in process.stdout:
-            tail = [*tail[-30:], line]
+            tail = [*tail[-40:], line]
             if line.startswith("RESULT "):
                 result = json.loads(line.removeprefix("RESULT "))
-                found[result.pop("cell", "engine")] = result
-                print(f"{cache:28} {line.strip()}", flush=True)
-            if time.monotonic() - began > arguments.timeout:
-                process.kill()
-        if process.wait():
-            print(f"{cache}: failed\n{''.join(tail)}", flush=True)
+                found[result.pop("name")] = result
+                print(f"{cache:24} {line.strip()}", flush=True)
+        code = process.wait()
+        timer.cancel()
+    if code:
+        found["failed"] = f"exit {code}" if code > 0 else f"killed (limit {arguments.timeout:g} s)"
+        print(f"{cache}: {found['failed']}\n{''.join(tail)}", flush=True)
     return found
 
 
-def report(results: dict[str, Any], cells: list[str]) -> None:
-    print("\n| cache | capacity, tokens | " + " | ".join(f"{c}, ms" for c in cells) + " |")
-    print("|---|---|" + "---|" * len(cells))
-    for cache, found in results.items():
-        row = [str(found.get("engine", {}).get("capacity", "failed"))]
-        for cell in cells:
-            result = found.get(cell, {})
-            row.append(
-                "does not fit" if "does_not_fit" in result else str(result.get("ms_a_token"))
-            )
-        print(f"| {cache} | " + " | ".join(row) + " |")
+def report(results: dict[str, dict[str, Any]]) -> str:
+    """A row a cache, a column a measurement, ratios to bf16."""
+    names = list(dict.fromkeys(name for found in results.values() for name in found))
+    names = [name for name in names if name != "failed"]
+    titles = {"engine": "capacity, tokens", "prefill": "prefill, tokens/s"}
+    header = [titles.get(name, f"{name}, ms") for name in names]
+    rows = [
+        [cache, *(entry(name, found, results.get("bf16", {}), cache == "bf16") for name in names)]
+        for cache, found in results.items()
+    ]
+    return "\n" + common.table(["cache", *header], rows)
+
+
+def entry(name: str, found: dict[str, Any], base: dict[str, Any], is_base: bool) -> str:
+    """One measurement, with how many times as good as the base's it is."""
+    result, other = found.get(name), base.get(name, {})
+    if result is None:
+        return "failed" if "failed" in found else ""
+    if "does_not_fit" in result:
+        return "does not fit"
+    (key,) = {"capacity", "tokens_a_s", "ms", "ms_a_token"} & set(result)
+    text = f"{result[key]:,}"
+    if is_base or key not in other:
+        return text
+    better = result[key] / other[key] if key in ("capacity", "tokens_a_s") else None
+    better = other[key] / result[key] if better is None else better
+    least = 1.0 if key in ("capacity", "ms_a_token") else PREFILL_BOUND
+    return f"{text} ({common.ratio(better, least)})"
 
 
 if __name__ == "__main__":
