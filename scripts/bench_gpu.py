@@ -128,18 +128,19 @@ class Steps:
         self.engine = llm.llm_engine
         self.seed = 0
 
-    def add(self, count: int, length: int, max_tokens: int) -> list[str]:
+    def prompts(self, count: int, length: int) -> dict[str, dict[str, list[int]]]:
+        """Prompts that no earlier request had, by a request's name."""
+        first, self.seed = self.seed, self.seed + count
+        return {f"request-{seed}": prompt(seed, length) for seed in range(first, self.seed)}
+
+    def add(self, prompts: dict[str, dict[str, list[int]]], max_tokens: int) -> None:
         from vllm import SamplingParams
 
         parameters = SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
         )
-        prompts = [prompt(self.seed + i, length) for i in range(count)]
-        names = [f"request-{self.seed + i}" for i in range(count)]
-        self.seed += count
-        for name, tokens in zip(names, prompts, strict=True):
+        for name, tokens in prompts.items():
             self.engine.add_request(name, tokens, parameters)
-        return names
 
     def step(self, counts: dict[str, int]) -> None:
         """One step; ``counts`` follows the tokens of every request."""
@@ -152,28 +153,33 @@ class Steps:
 
     def prefill_s(self, count: int, length: int) -> float:
         """Seconds until each of ``count`` prompts has its first and only token."""
+        prompts = self.prompts(count, length)
         start = time.perf_counter()
-        self.add(count, length, 1)
+        self.add(prompts, 1)
         self.finish({})
         return time.perf_counter() - start
 
     def decode(self, batch: int, context: int, steps: int) -> dict[str, float]:
         """Prefill a batch, then decode until ``steps`` steps gave every sequence a token."""
+        prompts = self.prompts(batch, context)
         began = time.perf_counter()
-        names = self.add(batch, context, growth(batch, context, steps))
+        self.add(prompts, growth(batch, context, steps))
         counts: dict[str, int] = {}
         while len(counts) < batch:
             self.step(counts)
-        prefilled = time.perf_counter()
+        last = prefilled = time.perf_counter()
         times = []
         while len(times) < steps and self.engine.has_unfinished_requests():
-            before, start = sum(counts.values()), time.perf_counter()
+            before = sum(counts.values())
             self.step(counts)
-            if sum(counts.values()) - before == batch:
-                times.append(1e3 * (time.perf_counter() - start))
+            new, now = sum(counts.values()) - before, time.perf_counter()
+            if new == batch:
+                times.append(1e3 * (now - last))
+            if new:  # an engine that schedules ahead may return without tokens
+                last = now
         if len(times) < steps:
             raise RuntimeError(f"only {len(times)} of {steps} steps decoded all {batch} sequences")
-        self.engine.abort_request(names)
+        self.engine.abort_request(list(prompts))
         self.finish(counts)
         # The first steps may still hold what prefill left to do.
         median = statistics.median(times[len(times) // 4 :])
