@@ -22,6 +22,11 @@ struct OpenJob {
   const uint8_t *page;
 };
 
+KAKEYA_HD float grid_point(const GridParams &g, uint32_t m) {
+  const float y = (float(m) + 0.5f) * bits_float((128u - g.symbol_bits) << 23) - 1.0f;  // 2^(1 - bits)
+  return y * (g.alpha + g.beta * (y * y));
+}
+
 // Symbols of a lane's codes of a unit: f(n, symbol). `before`: the chain's memory, what trellis_pairs wants of the unit
 // before.
 template <int W, bool Trellis, typename F>

@@ -19,6 +19,11 @@
 namespace kakeya {
 namespace {
 
+#ifdef KAKEYA_SEAL_CLOCKS
+// Cycles of the first pair, keys and values: at its start, after setup, after each phase, and after the exchange.
+__device__ long long seal_clocks[2][32];
+#endif
+
 // What the two thread blocks of a cluster tell each other about a task.
 struct Message {
   uint64_t tokens;
@@ -31,7 +36,8 @@ struct Rows {
   int64_t stride;
   bool aligned;
 
-  __device__ __forceinline__ Eight<T> operator()(int j, int i) const { return load8(first + j * stride + i, aligned); }
+  __device__ __forceinline__ Eight<T> operator()(int j, int i) const { return load8(first + j * stride + i, true); }
+  __device__ __forceinline__ Eight<T> scattered(int j, int i) const { return load8(first + j * stride + i, false); }
   __device__ __forceinline__ void widen(const Eight<T> &raw, float *x) const {
     KAKEYA_UNROLL
     for (int k = 0; k < 8; ++k) x[k] = kakeya::widen(raw.x[k]);
@@ -47,11 +53,15 @@ struct Source {
   Rows<T> rows;
 };
 
+__device__ __forceinline__ SealTask task_of(const SealParams &p, int index) {
+  return reinterpret_cast<const SealTask *>(p.plan + 4)[index / p.num_kv_heads];
+}
+
 template <typename T, int D, bool K>
-__device__ __forceinline__ Source<T> source(const SealParams &p, int index) {
+__device__ __forceinline__ Source<T> source(const SealParams &p, int index, const SealTask &task) {
   Source<T> s;
   s.head = index % p.num_kv_heads;
-  s.task = reinterpret_cast<const SealTask *>(p.plan + 4)[index / p.num_kv_heads];
+  s.task = task;
   const T *rows = static_cast<const T *>(K ? p.k : p.v), *open = static_cast<const T *>(p.open_blocks);
   const int64_t token_stride = K ? p.k_token_stride : p.v_token_stride;
   const int64_t head_stride = K ? p.k_head_stride : p.v_head_stride;
@@ -85,8 +95,12 @@ struct Pair {
   __device__ __forceinline__ explicit Pair(Message *own) : inbox(own) {
     outbox = cooperative_groups::this_cluster().map_shared_rank(own, K ? 1 : 0);
   }
-  // No message may arrive before its reader runs.
-  __device__ __forceinline__ void begin() const { cooperative_groups::this_cluster().sync(); }
+  // No message may arrive before its reader runs: `arrive` says that this one does, `begin` waits for the other.
+  __device__ __forceinline__ void arrive() const { cooperative_groups::this_cluster().barrier_arrive(); }
+  __device__ __forceinline__ void begin() const {
+    cooperative_groups::this_cluster().barrier_wait();
+    __syncthreads();
+  }
 
   // Before the first part of sealing.
   template <typename Run>
@@ -110,16 +124,17 @@ struct Pair {
   }
 #else
   __device__ __forceinline__ explicit Pair(Message *) {}
+  __device__ __forceinline__ void arrive() const {}
   __device__ __forceinline__ void begin() const { __syncthreads(); }
 
   template <typename Run>
   __device__ __forceinline__ void before(const SealParams &p, int index, const SealJob &job, SealState<D> &s,
                                          Run run) const {
-    const Rows<T> other = source<T, D, !K>(p, index).rows;
+    const Rows<T> other = source<T, D, !K>(p, index, task_of(p, index)).rows;
     if constexpr (K) {
       bool bad = false;
       for (int e = int(threadIdx.x); e < kBlock * D / 8; e += kSealThreads)
-        bad |= refused8(other(e / (D / 8), e % (D / 8) * 8));
+        bad |= refused8(load8(other.first + e / (D / 8) * other.stride + e % (D / 8) * 8, other.aligned));
       if (bad) s.bad[job.parity] = 1;
     } else {
       seal_begin<D, true>(job, s, other, run);
@@ -132,24 +147,36 @@ struct Pair {
 
 template <typename T, int D, bool K>
 __device__ __forceinline__ void seal_stream(const SealParams &p, int tasks, SealState<D> &s, Message *inbox) {
-  const auto run = [](auto phase) {
+#ifdef KAKEYA_SEAL_CLOCKS
+  int stamps = 0;
+  const auto stamp = [&] {
+    if (threadIdx.x == 0 && blockIdx.x < 2 && stamps < 32) seal_clocks[K ? 0 : 1][stamps++] = clock64();
+  };
+#else
+  const auto stamp = [] {};
+#endif
+  stamp();
+  const auto run = [&](auto phase) {
     phase(int(threadIdx.x));
     __syncthreads();
+    stamp();
   };
   const int pairs = int(gridDim.x) / 2, all = tasks * p.num_kv_heads;
   // Few tasks go to thread blocks far from each other.
   const int step = all < pairs ? pairs / all : 1, first = int(blockIdx.x) / 2 / step;
   if (first >= all || int(blockIdx.x) / 2 % step != 0) return;  // both thread blocks of a pair
   const Pair<T, D, K> pair(inbox);
-  Source<T> next = source<T, D, K>(p, first);
-  prefetch<T, D>(next.rows);
+  pair.arrive();
+  const SealTask task = task_of(p, first);  // on its way while the tables' copies begin
   seal_setup<D, K || !KAKEYA_CLUSTERS>(*p.tables, s, int(threadIdx.x));
+  Source<T> next = source<T, D, K>(p, first, task);
+  prefetch<T, D>(next.rows);
   pair.begin();
-  seal_setup_cells(s, int(threadIdx.x));
+  stamp();
   int parity = 0;
   for (int e = first; e < all; e += pairs) {
     const Source<T> now = next;
-    if (e + pairs < all) next = source<T, D, K>(p, e + pairs);
+    if (e + pairs < all) next = source<T, D, K>(p, e + pairs, task_of(p, e + pairs));
     if (!now.rows.first) {  // both thread blocks see it
       if (K && threadIdx.x == 0) atomicOr(p.status, uint32_t(kSealNoOpenBlock));
       continue;
@@ -167,6 +194,7 @@ __device__ __forceinline__ void seal_stream(const SealParams &p, int tasks, Seal
       __syncthreads();
       continue;
     }
+    stamp();
     seal_end<D, K>(job, s, run);
   }
 }
@@ -176,8 +204,9 @@ __device__ __forceinline__ void seal(const SealParams &p) {
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ Message inbox[2];
   const int tasks = p.plan[0];
+  const uint32_t head_dim = p.tables->head_dim;
   if (tasks == 0) return;
-  with_head_dim(p.tables->head_dim, [&](auto unit) {
+  with_head_dim(head_dim, [&](auto unit) {
     constexpr int D = decltype(unit)::head_dim;
     SealState<D> &s = *reinterpret_cast<SealState<D> *>(shared);
     if (blockIdx.x % 2 == 0)

@@ -144,25 +144,31 @@ struct alignas(8) Cell {
   int below;
 };
 
-// Where a width's cells lie: input z is in cell round(z * scale + origin) once it is within +-range. Which cell that is
+// Where a width's cells lie: input z is in cell first + round(count * saturate(z * scale + 1/2)). Which cell that is
 // need not be exact, only monotone and the same for inputs and thresholds: inputs of a cell are above all thresholds of
 // earlier cells, below all of later ones, and are compared with its own.
 struct Cells {
-  float scale, origin, range;
+  float scale, count, origin;  // origin: first + 2^23
 };
 
-// Tables that every block uses, made once by a thread block.
-struct SealTables {
+// Tables that every block uses, as crates/codec/src/device.rs writes them into the static tables.
+struct alignas(16) SealTables {
   // Scalar quantisers: point m of width w at 2^w + m, as plain floats. Trellis: window n of width w holds the points of
-  // subsets 0..3 nearest to a z above n thresholds, whichever subset these belong to: symbols n..n+3.
+  // subsets 0..3 nearest to a z above n thresholds, whichever subset these belong to: symbols n..n+3. The trellis has
+  // the thresholds of its four subsets merged.
   Quad points[kWindows];
-  // Thresholds, ascending, of alphabets of s symbol bits at 2^s, 2^s - 1 of them, the last infinite where there are
-  // fewer. The trellis has those of its four subsets merged.
-  float thresholds[256];
   // Cells of alphabets of s symbol bits at 4 * 2^s, 4 * 2^s of them: then none holds two thresholds.
   Cell cells[1024];
   Cells cells_of[kMaxUnits];  // by symbol bits
   float factors[256], scale_thresholds[256];
+};
+static_assert(sizeof(SealTables) == 16 * kWindows + 8 * 1024 + 12 * kMaxUnits + 8 * 256, "as device.rs writes it");
+
+// How inputs are read in code order: the channel at a position, the inverse of its scale, and the base that values
+// have.
+struct alignas(16) Coded {
+  int32_t channel;
+  float inverse, base, unused;
 };
 
 // What the threads that seal one stream share.
@@ -175,19 +181,30 @@ struct alignas(16) SealState {
   // (slot, code position).
   float part[8 * D > 8 * kBlock ? 8 * D : 8 * kBlock];
   SealTables tables;
-  // cos (low half) and sin of the turns by 0.5..63.5 tokens, values of f16 as the codec's; rows begin eight banks
-  // apart.
-  static constexpr int turns_stride = D / 2 + 8;
-  uint32_t turns[kBlock / 2 * turns_stride];
-  float mean[D], step[D], sigma[D], sink[D], base[D], inverse[D];
-  alignas(16) int32_t score[kBlock];  // in total order
+  // cos (low half) and sin of the turns by 0.5..63.5 tokens, values of f16 as the codec's; rows begin four banks
+  // apart. As they stand in the static tables.
+  static constexpr int turns_stride = D / 2 + 4;
+  alignas(16) uint32_t turns[kBlock / 2 * turns_stride];
+  alignas(16) float mean[D];
+  alignas(16) float step[D];
+  alignas(16) float sigma[D];
+  alignas(16) float sink[D];
+  alignas(16) float base[D];
+  alignas(16) float inverse[D];  // without calibration: weights of the score
+  Coded coded[D];
+  alignas(16) uint16_t order[D];
+  alignas(16) int32_t score[kBlock];            // in total order
+  alignas(16) uint8_t active[kMaxActive + 16];  // as in HeadView
+  alignas(16) uint8_t widths[2][kMaxUnits];     // of keys and values
+  alignas(16) LayerLayout layout;
+  float turn[D];  // of the block's centre: cos, sin of `pairs` each
   float peaks[kMaxSlots * 16];
-  uint16_t order[D], means[D], canonical[D];
-  uint8_t scales[D], active[D / 8], num_active;
-  uint8_t tokens[kMaxSlots], slot_of[kBlock], widths[kMaxUnits];
-  LayerLayout layout;
+  uint16_t means[D], canonical[D];
+  uint16_t exact[8];  // bit k of w: token 16 w + k is exact
+  uint8_t scales[D], better[2 * kBlock];
+  uint8_t tokens[kMaxSlots], slot_of[kBlock];
   int codes_start, bits;  // of this stream: offset of its codes in the page, sum of its widths
-  uint32_t pairs, calibrated, trellis, interleaved;
+  uint32_t pairs, calibrated, trellis, interleaved, scale_codes, page_bytes;
   uint32_t bad[2];  // by the parity of the task: set by any thread that met a value that is refused
 };
 
@@ -199,18 +216,46 @@ struct SealJob {
 
 constexpr uint8_t kNoSlot = 0xff;
 
-KAKEYA_HD float grid_point(const GridParams &g, uint32_t m) {
-  const float y = (float(m) + 0.5f) * bits_float((128u - g.symbol_bits) << 23) - 1.0f;  // 2^(1 - bits)
-  return y * (g.alpha + g.beta * (y * y));
+// 16 or 4 bytes into shared memory; there once copies_done() was called by the thread that copied, and a barrier
+// passed.
+KAKEYA_HD void copy16(void *to, const void *from) {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
+#else
+  memcpy(to, from, 16);
+#endif
+}
+KAKEYA_HD void copy4(void *to, const void *from) {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
+#else
+  memcpy(to, from, 4);
+#endif
+}
+KAKEYA_HD void copies_done() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// A table of whole 16 bytes, by all threads.
+template <typename T, size_t N>
+KAKEYA_HD void copy_table(T (&to)[N], const void *from, int thread) {
+  static_assert(sizeof to % 16 == 0, "whole copies");
+  KAKEYA_ROLLED
+  for (int i = thread; i < int(sizeof to / 16); i += kSealThreads)
+    copy16(reinterpret_cast<Quad *>(to) + i, static_cast<const Quad *>(from) + i);
 }
 
 // Number of the cell that holds z. Added to 2^23, a number is rounded to a whole one, which its bits show.
 KAKEYA_HD uint32_t cell_of(const Cells &c, float z) {
 #ifdef __CUDA_ARCH__
-  return float_bits(__fmaf_rn(fminf(fmaxf(z, -c.range), c.range), c.scale, c.origin)) - 0x4b000000u;
+  return float_bits(__fmaf_rn(__saturatef(__fmaf_rn(z, c.scale, 0.5f)), c.count, c.origin)) - 0x4b000000u;
 #else
-  const float low = z < -c.range ? -c.range : z;
-  return float_bits(__builtin_fmaf(low > c.range ? c.range : low, c.scale, c.origin)) - 0x4b000000u;
+  const float x = __builtin_fmaf(z, c.scale, 0.5f), low = x < 0.0f ? 0.0f : x;
+  return float_bits(__builtin_fmaf(low > 1.0f ? 1.0f : low, c.count, c.origin)) - 0x4b000000u;
 #endif
 }
 
@@ -247,66 +292,25 @@ KAKEYA_HD float before(const SealState<D> &s, int j, int i) {
 
 // ---- phases --------------------------------------------------------------------------------------------------------
 
-// Once in a thread block, before its first block.
+// Once in a thread block, before its first block; seal_load waits for the copies.
 template <int D, bool K>
 KAKEYA_HD void seal_setup(const Tables &t, SealState<D> &s, int thread) {
-  const GridParams *grids = t.at<GridParams>(t.grids);
-  const float *thresholds = t.at<float>(t.thresholds);
-  const uint16_t *natural = t.at<uint16_t>(t.natural);
-  SealTables &o = s.tables;
+  if (K) copy_table(s.turns, t.at<Quad>(t.turns), thread);
+  const Quad *from = t.at<Quad>(t.seal);
+  KAKEYA_ROLLED
+  for (int i = thread; i < int(sizeof(SealTables) / 16); i += kSealThreads)
+    copy16(reinterpret_cast<Quad *>(&s.tables) + i, from + i);
   if (thread == 0) {
     s.pairs = t.pairs;
     s.calibrated = t.calibrated;
     s.trellis = t.trellis;
-    s.interleaved = t.pairs > 1 && natural[1] != 1;
+    s.interleaved = t.interleaved;
+    s.scale_codes = t.scale_codes;
+    s.page_bytes = t.page_bytes;
     s.bad[0] = s.bad[1] = 0;
   }
-  for (int i = thread; i < D; i += kSealThreads) s.canonical[natural[i]] = uint16_t(i);
-  if (K) {
-    const int h = int(t.pairs);
-    const float *cos = t.at<float>(t.offset_cos), *sin = t.at<float>(t.offset_sin);
-    KAKEYA_UNROLL_4
-    for (int e = thread; e < kBlock / 2 * h; e += kSealThreads) {
-      const int i = e / h, p = e - i * h, from = (kBlock / 2 + i) * h + p;
-      s.turns[i * s.turns_stride + p] = uint32_t(half_bits(cos[from])) | uint32_t(half_bits(sin[from])) << 16;
-    }
-  }
-  for (int i = thread; i < int(t.scale_codes); i += kSealThreads) {
-    o.factors[i] = t.at<float>(t.factors)[i];
-    if (i + 1 < int(t.scale_codes)) o.scale_thresholds[i] = t.at<float>(t.scale_thresholds)[i];
-  }
-  for (int i = thread; i < 256; i += kSealThreads) {
-    int bits = 0;
-    while (2 << bits <= i) ++bits;
-    const int width = t.trellis ? bits - 1 : bits, k = i - (1 << bits);
-    float x = bits_float(0x7f800000u);
-    if (width >= 1 && width <= 6) {
-      if (!t.trellis && k < (1 << width) - 1) x = thresholds[width * kMaxThresholds + k];
-      if (t.trellis && k < (2 << width) - 4)
-        x = thresholds[width * kMaxThresholds + k % 4 * int(grids[width].per_subset) + k / 4];
-    }
-    o.thresholds[i] = x;
-  }
-  if (thread >= 1 && thread <= 6) {
-    const GridParams g = grids[thread];
-    const float range = g.alpha + g.beta, count = float((4 << g.symbol_bits) - 2);  // even: its half is whole
-    o.cells_of[g.symbol_bits] = {count / (2.0f * range), 8388608.0f + float(4 << g.symbol_bits) + 0.5f * count, range};
-  }
-  KAKEYA_ROLLED
-  for (int width = 1; width <= 6; ++width) {
-    const GridParams g = grids[width];
-    if (t.trellis) {
-      for (int e = thread; e < 4 * ((2 << width) - 3); e += kSealThreads) {
-        const int n = e / 4, j = e % 4;
-        o.points[window_start(width) + n].x[j] = grid_point(g, uint32_t((n + 3 - j) / 4 * 4 + j));
-      }
-    } else {
-      for (int m = thread; m < 1 << width; m += kSealThreads) {
-        const int at = (1 << width) + m;
-        o.points[at / 4].x[at % 4] = grid_point(g, uint32_t(m));
-      }
-    }
-  }
+  if (K && t.interleaved)
+    for (int i = thread; i < D; i += kSealThreads) s.canonical[t.at<uint16_t>(t.natural)[i]] = uint16_t(i);
 }
 
 // The butterflies of distances 1, 2 and 4 of eight neighbours.
@@ -323,100 +327,85 @@ KAKEYA_HD void hadamard_near(float *x) {
   }
 }
 
-// The rest of it, which reads what the first part made.
-template <int D>
-KAKEYA_HD void seal_setup_cells(SealState<D> &s, int thread) {
-  SealTables &o = s.tables;
-  for (int i = 8 + thread; i < 1024; i += kSealThreads) {
-    int bits = 1;
-    while (8 << bits <= i) ++bits;
-    const Cells &c = o.cells_of[bits];
-    // The first threshold that is not in an earlier cell; the last of them may be infinite.
-    const float *thresholds = o.thresholds + (1 << bits);
-    int lo = 0, hi = (1 << bits) - 1;
-    while (lo < hi) {
-      const int mid = (lo + hi) / 2;
-      const float x = thresholds[mid];
-      if (x <= kMaxAbs && int(cell_of(c, x)) < i)
-        lo = mid + 1;
-      else
-        hi = mid;
-    }
-    const bool last = lo == (1 << bits) - 1;
-    const float x = last ? 0.0f : thresholds[lo];
-    const bool own = !last && x <= kMaxAbs && int(cell_of(c, x)) == i;
-    o.cells[i] = {own ? x : bits_float(0x7f800000u), lo};
+// Eight channels of a row into shared memory; whether one of them is refused.
+template <int D, bool K, typename Load, typename Raw>
+KAKEYA_HD bool seal_place(SealState<D> &s, int e, const Load &load, const Raw &raw) {
+  const int j = e / (D / 8), i = e % (D / 8) * 8;
+  float x[8];
+  load.widen(raw, x);
+  float *row = s.rows + j * s.stride;
+  if (K && s.interleaved) {
+    KAKEYA_UNROLL
+    for (int k = 0; k < 8; ++k) row[s.canonical[i + k]] = x[k];
+  } else {
+    if (!K) hadamard_near(x);
+    *reinterpret_cast<Quad *>(row + i) = {{x[0], x[1], x[2], x[3]}};
+    *reinterpret_cast<Quad *>(row + i + 4) = {{x[4], x[5], x[6], x[7]}};
   }
+  return load.refused(raw);
 }
 
 // Rows into shared memory as f32: keys canonical, values after the butterflies of distances 1, 2 and 4. `load(j, i)`
-// gives eight natural channels of token j from i on, as they are stored; `widen` makes them floats, `refused` tells
-// whether one of them is not finite or above kMaxAbs.
+// gives eight natural channels of token j from i on, as they are stored, `load.scattered(j, i)` where not `aligned`;
+// `widen` makes them floats, `refused` tells whether one of them is not finite or above kMaxAbs. All that a thread
+// waits for is on its way before it waits: a batch of rows, and the head's tables.
 template <int D, bool K, typename Load>
 KAKEYA_HD void seal_load(const SealJob &job, SealState<D> &s, int thread, const Load &load) {
-  constexpr int chunks = kBlock * D / 8 / kSealThreads, batch = chunks % 4 == 0 ? 4 : 3;
-  const Tables &t = *job.tables;
-  const HeadView h = head_view(t, job.layer, job.head);
-  const StreamView &v = K ? h.k : h.v;
+  constexpr int chunks = kBlock * D / 8 / kSealThreads, batch = chunks == 8 ? 8 : chunks % 4 == 0 ? 4 : 3;
   static_assert(chunks % batch == 0, "whole batches");
+  const Tables &t = *job.tables;
   bool bad = false;
-  KAKEYA_ROLLED
-  for (int first = 0; first < chunks; first += batch) {
-    decltype(load(0, 0)) raw[batch];
+  decltype(load(0, 0)) raw[batch];
+  const auto fetch = [&](int first) {
     KAKEYA_UNROLL
     for (int c = 0; c < batch; ++c) {
       const int e = (first + c) * kSealThreads + thread;
       raw[c] = load(e / (D / 8), e % (D / 8) * 8);
     }
-    KAKEYA_UNROLL
-    for (int c = 0; c < batch; ++c) {
-      const int e = (first + c) * kSealThreads + thread, j = e / (D / 8), i = e % (D / 8) * 8;
-      float x[8];
-      load.widen(raw[c], x);
-      bad |= load.refused(raw[c]);
-      float *row = s.rows + j * s.stride;
-      if (K && s.interleaved) {
-        KAKEYA_UNROLL
-        for (int k = 0; k < 8; ++k) row[s.canonical[i + k]] = x[k];
-        continue;
-      }
-      if (!K) hadamard_near(x);
-      *reinterpret_cast<Quad *>(row + i) = {{x[0], x[1], x[2], x[3]}};
-      *reinterpret_cast<Quad *>(row + i + 4) = {{x[4], x[5], x[6], x[7]}};
-    }
-  }
-  if (bad) s.bad[job.parity] = 1;  // every thread that writes, writes the same
-  for (int i = thread; i < D; i += kSealThreads) {
-    s.mean[i] = v.mean[i];
-    s.step[i] = v.step[i];
-    s.sigma[i] = v.sigma[i];
-    s.order[i] = v.order[i];
-    if (K) s.sink[i] = h.sink_query[i];
+  };
+  if (load.aligned) fetch(0);
+  const HeadView h = head_view(t, job.layer, job.head);
+  const StreamView &v = K ? h.k : h.v;
+  copy_table(s.mean, v.mean, thread);
+  copy_table(s.step, v.step, thread);
+  copy_table(s.sigma, v.sigma, thread);
+  copy_table(s.order, v.order, thread);
+  copy_table(s.widths, h.k.widths, thread);
+  if (thread == 0) copy16(&s.layout, t.at<LayerLayout>(t.layers) + job.layer);
+  if (K) {
+    copy_table(s.sink, h.sink_query, thread);
+    copy_table(s.active, h.active, thread);
+    const int pairs = int(t.pairs);
+    for (int i = thread; i < 2 * pairs; i += kSealThreads)
+      copy4(s.turn + i, t.at<float>(i < pairs ? t.centre_cos : t.centre_sin) + size_t(job.block_index) * pairs +
+                            (i < pairs ? i : i - pairs));
   }
   if (thread < kBlock) s.slot_of[thread] = kNoSlot;
-  if (thread == 0) {
-    int k_bits = 0, bits = 0;
-    for (int u = 0; u < Unit<D>::units; ++u) {
-      k_bits += h.k.widths[u];
-      bits += v.widths[u];
-      s.widths[u] = v.widths[u];
+  if (load.aligned) {
+    KAKEYA_ROLLED
+    for (int first = 0;;) {
+      KAKEYA_UNROLL
+      for (int c = 0; c < batch; ++c) bad |= seal_place<D, K>(s, (first + c) * kSealThreads + thread, load, raw[c]);
+      if ((first += batch) >= chunks) break;
+      fetch(first);
     }
-    s.bits = bits;
-    s.codes_start = kHeader + (K ? 0 : unit_bytes(1) * Unit<D>::groups * k_bits);
-    s.layout = t.at<LayerLayout>(t.layers)[job.layer];
+  } else {
+    KAKEYA_ROLLED
+    for (int e = thread; e < kBlock * D / 8; e += kSealThreads)
+      bad |= seal_place<D, K>(s, e, load, load.scattered(e / (D / 8), e % (D / 8) * 8));
   }
+  if (bad) s.bad[job.parity] = 1;  // every thread that writes, writes the same
+  copies_done();
 }
 
-// Keys into the frame of the block's centre; which neighbours of eight channels count for scores.
+// Keys into the frame of the block's centre.
 template <int D>
-KAKEYA_HD void seal_centre(const SealJob &job, SealState<D> &s, int thread) {
-  const Tables &t = *job.tables;
+KAKEYA_HD void seal_centre(SealState<D> &s, int thread) {
   const int h = int(s.pairs);
-  const float *cos = t.at<float>(t.centre_cos) + size_t(job.block_index) * h;
-  const float *sin = t.at<float>(t.centre_sin) + size_t(job.block_index) * h;
+  KAKEYA_ROLLED
   for (int e = thread; e < 8 * h; e += kSealThreads) {
     const int w = e / h, p = e - w * h;
-    const float c = cos[p], sn = sin[p];
+    const float c = s.turn[p], sn = s.turn[h + p];
     KAKEYA_UNROLL_4
     for (int j = 16 * w; j < 16 * w + 16; ++j) {
       float *row = s.rows + j * s.stride;
@@ -424,18 +413,6 @@ KAKEYA_HD void seal_centre(const SealJob &job, SealState<D> &s, int thread) {
       row[p] = a * c + b * sn;
       row[p + h] = b * c - a * sn;
     }
-  }
-  // A weight of zero adds a zero to a partial sum, which no partial sum notices: it begins as +0.
-  if (thread == kSealThreads - 1) {
-    int n = 0;
-    KAKEYA_ROLLED
-    for (int b = 0; b < D / 8; ++b) {
-      bool active = false;
-      for (int i = 8 * b; i < 8 * b + 8; ++i) active |= s.sink[i] != 0.0f;
-      s.active[n] = uint8_t(b);
-      n += active;
-    }
-    s.num_active = uint8_t(n);
   }
 }
 
@@ -472,14 +449,15 @@ KAKEYA_HD void seal_hadamard(SealState<D> &s, int thread) {
   hadamard_far<D>(s.rows, thread);
 }
 
-// Partial sums of each channel over sixteen neighbouring tokens, of f(token, channel, x), x the key before rotary
-// embedding or the transformed value.
+// Partial sums of each channel over sixteen neighbouring tokens, of f(token, channel, x, whether the token is exact), x
+// the key before rotary embedding or the transformed value.
 template <int D, bool K, typename F>
 KAKEYA_HD void channel_sums(SealState<D> &s, int thread, F f) {
   const int h = K ? int(s.pairs) : 0, columns = D - h;
   KAKEYA_ROLLED
   for (int e = thread; e < 8 * columns; e += kSealThreads) {
     const int w = e / columns, i = e - w * columns;
+    const uint32_t exact = s.exact[w];
     float sum = 0.0f, second = 0.0f;
     if (K && i < h) {
       KAKEYA_UNROLL_4
@@ -487,14 +465,15 @@ KAKEYA_HD void channel_sums(SealState<D> &s, int thread, F f) {
         const int j = 16 * w + k;
         const float a = s.rows[j * s.stride + i], b = s.rows[j * s.stride + i + h];
         const Turn r = turn_of(s, j, i);
-        sum += f(j, i, a * r.cos + b * r.sin);
-        second += f(j, i + h, b * r.cos - a * r.sin);
+        sum += f(j, i, a * r.cos + b * r.sin, exact >> k & 1u);
+        second += f(j, i + h, b * r.cos - a * r.sin, exact >> k & 1u);
       }
       s.part[w * D + i] = sum;
       s.part[w * D + i + h] = second;
     } else {
       KAKEYA_UNROLL_4
-      for (int k = 0; k < 16; ++k) sum += f(16 * w + k, i + h, s.rows[(16 * w + k) * s.stride + i + h]);
+      for (int k = 0; k < 16; ++k)
+        sum += f(16 * w + k, i + h, s.rows[(16 * w + k) * s.stride + i + h], exact >> k & 1u);
       s.part[w * D + i + h] = sum;
     }
   }
@@ -510,8 +489,8 @@ KAKEYA_HD float channel_sum(const SealState<D> &s, int i) {
 // `base` and `inverse` hold them; nothing else does yet.
 template <int D>
 KAKEYA_HD void seal_moment_sums(SealState<D> &s, int thread, bool square) {
-  if (!square) return channel_sums<D, true>(s, thread, [](int, int, float x) { return x; });
-  channel_sums<D, true>(s, thread, [&](int, int i, float x) {
+  if (!square) return channel_sums<D, true>(s, thread, [](int, int, float x, bool) { return x; });
+  channel_sums<D, true>(s, thread, [&](int, int i, float x, bool) {
     const float y = x - s.base[i];
     return y * y;
   });
@@ -527,26 +506,52 @@ KAKEYA_HD void seal_moments(SealState<D> &s, int thread, bool square) {
   }
 }
 
-// How much each token wants an exact slot: eight interleaved partial sums over its channels.
+// How much each token wants an exact slot: eight interleaved partial sums over its channels, four of them a thread. A
+// weight of zero adds a zero to a partial sum, which no partial sum notices: it begins as +0.
 template <int D>
 KAKEYA_HD void seal_score_sums(SealState<D> &s, int thread) {
-  KAKEYA_ROLLED
-  for (int e = thread; e < 8 * kBlock; e += kSealThreads) {
-    const int j = e / 8, r = e % 8;
-    float sum = 0.0f;
-    KAKEYA_UNROLL_4
-    for (int b = 0; b < int(s.num_active); ++b) {
-      const int i = 8 * s.active[b] + r;
-      const float x = before(s, j, i);
-      if (s.calibrated) {
-        sum += s.sink[i] * x;
-      } else {
-        const float y = x - s.base[i];
-        sum += y * y * s.inverse[i];
+  static_assert(kSealThreads == 2 * kBlock, "two threads a token");
+  const int j = thread % kBlock, quad = thread / kBlock * 4, h = int(s.pairs), count = s.active[kMaxActive];
+  const bool calibrated = s.calibrated, below = j < kBlock / 2;
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  const auto add = [&](int k, float x, float weight, float base) {
+    const float y = x - base;
+    sum[k] += calibrated ? weight * x : y * y * weight;
+  };
+  const float *weights = calibrated ? s.sink : s.inverse;
+  const float *row = s.rows + j * s.stride;
+  if (h % 4 == 0) {
+    const uint32_t *turns = s.turns + (below ? kBlock / 2 - 1 - j : j - kBlock / 2) * s.turns_stride;
+    KAKEYA_UNROLL_2
+    for (int b = 0; b < count; ++b) {
+      const int i = 8 * s.active[b] + quad;
+      Quad x = *reinterpret_cast<const Quad *>(row + i);
+      if (i < 2 * h) {
+        const bool second = i >= h;
+        const Quad y = *reinterpret_cast<const Quad *>(row + (second ? i - h : i + h));
+        const Four turn = *reinterpret_cast<const Four *>(turns + (second ? i - h : i));
+        const uint32_t flip = below != second ? 0x8000u : 0u;
+        KAKEYA_UNROLL
+        for (int k = 0; k < 4; ++k)
+          x.x[k] = x.x[k] * half_value(uint16_t(turn.x[k])) +
+                   y.x[k] * half_value(uint16_t(uint32_t(turn.x[k]) >> 16 ^ flip));
+      }
+      const Quad weight = *reinterpret_cast<const Quad *>(weights + i);
+      const Quad base = *reinterpret_cast<const Quad *>(s.base + i);
+      KAKEYA_UNROLL
+      for (int k = 0; k < 4; ++k) add(k, x.x[k], weight.x[k], base.x[k]);
+    }
+  } else {
+    KAKEYA_ROLLED
+    for (int b = 0; b < count; ++b) {
+      KAKEYA_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const int i = 8 * s.active[b] + quad + k;
+        add(k, before(s, j, i), weights[i], s.base[i]);
       }
     }
-    s.part[e] = sum;
   }
+  *reinterpret_cast<Quad *>(s.part + 8 * j + quad) = {{sum[0], sum[1], sum[2], sum[3]}};
 }
 template <int D>
 KAKEYA_HD void seal_scores(SealState<D> &s, int thread) {
@@ -555,32 +560,58 @@ KAKEYA_HD void seal_scores(SealState<D> &s, int thread) {
   s.score[thread] = total_order(tree8(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]));
 }
 
-// The tokens with the best scores; of equal ones the earlier. A token's place is the number of better ones.
+// The tokens with the best scores; of equal ones the earlier. A token's place is the number of better ones, which two
+// threads count, each in a half of the block. No score is the least number.
 template <int D>
 KAKEYA_HD void seal_choose(SealState<D> &s, int thread) {
-  if (thread >= kBlock) return;
-  const int32_t own = s.score[thread];
-  uint32_t place = 0;
+  const int token = thread % kBlock, from = thread / kBlock * (kBlock / 2);
+  const int32_t own = s.score[token];
+  int better = 0;
   KAKEYA_UNROLL_4
-  for (int first = 0; first < kBlock; first += 4) {
+  for (int first = from; first < from + kBlock / 2; first += 4) {
     const Four others = *reinterpret_cast<const Four *>(s.score + first);
+    const int32_t bound = own - int32_t(first + 3 < token);
     KAKEYA_UNROLL
-    for (int k = 0; k < 4; ++k) place += others.x[k] > own || (others.x[k] == own && first + k < thread);
+    for (int k = 0; k < 4; ++k) better += others.x[k] > bound;
   }
+  if (token / (kBlock / 2) == thread / kBlock) {
+    const Four near = *reinterpret_cast<const Four *>(s.score + token / 4 * 4);
+    KAKEYA_UNROLL
+    for (int k = 0; k < 3; ++k) better += k < token % 4 && near.x[k] == own;
+  }
+  s.better[thread] = uint8_t(better);
+}
+template <int D>
+KAKEYA_HD void seal_pick(SealState<D> &s, int thread) {
+  if (thread >= kBlock) return;
+  const uint32_t place = uint32_t(s.better[thread]) + s.better[kBlock + thread];
   if (place < s.layout.num_slots) s.tokens[place] = uint8_t(thread);
 }
 
-// Slot of each exact token; and the other task's flag is ready for its use.
-template <int D>
+// Slot of each exact token, where this stream's codes lie; and the other task's flag is ready for its use.
+template <int D, bool K>
 KAKEYA_HD void seal_mark(const SealJob &job, SealState<D> &s, int thread) {
-  if (thread < int(s.layout.num_slots)) s.slot_of[s.tokens[thread]] = uint8_t(thread);
-  if (thread == 0) s.bad[job.parity ^ 1] = 0;
+  const int n = int(s.layout.num_slots);
+  if (thread < n) s.slot_of[s.tokens[thread]] = uint8_t(thread);
+  if (thread >= 32 && thread < 40) {
+    uint32_t exact = 0;
+    for (int i = 0; i < n; ++i) exact |= uint32_t(s.tokens[i] / 16 == thread - 32) << s.tokens[i] % 16;
+    s.exact[thread - 32] = uint16_t(exact);
+  }
+  if (thread == 64) {
+    int k_bits = 0, v_bits = 0;
+    KAKEYA_UNROLL
+    for (int u = 0; u < Unit<D>::units; ++u) k_bits += s.widths[0][u], v_bits += s.widths[1][u];
+    s.bits = K ? k_bits : v_bits;
+    s.codes_start = kHeader + (K ? 0 : unit_bytes(1) * Unit<D>::groups * k_bits);
+    s.bad[job.parity ^ 1] = 0;
+  }
 }
 
 // Block means over the ordinary tokens.
 template <int D, bool K>
 KAKEYA_HD void seal_mean_sums(SealState<D> &s, int thread) {
-  channel_sums<D, K>(s, thread, [&](int j, int i, float x) { return s.slot_of[j] != kNoSlot ? 0.0f : x - s.mean[i]; });
+  channel_sums<D, K>(s, thread, [&](int, int i, float x, bool exact) { return exact ? 0.0f : x - s.mean[i]; });
 }
 
 // Their codes, and the base that is taken off.
@@ -609,15 +640,16 @@ KAKEYA_HD void seal_means(SealState<D> &s, int thread) {
 template <int D, bool K>
 KAKEYA_HD void seal_residual(SealState<D> &s, int thread) {
   if (!K) {
-    return channel_sums<D, false>(s, thread, [&](int j, int i, float x) {
+    return channel_sums<D, false>(s, thread, [&](int, int i, float x, bool exact) {
       const float r = x - s.base[i];
-      return s.slot_of[j] != kNoSlot ? 0.0f : r * r;
+      return exact ? 0.0f : r * r;
     });
   }
   const int h = int(s.pairs), columns = D - h;
   KAKEYA_ROLLED
   for (int e = thread; e < 8 * columns; e += kSealThreads) {
     const int w = e / columns, i = e - w * columns;
+    const uint32_t exact_tokens = s.exact[w];
     float sum = 0.0f, second = 0.0f;
     if (i < h) {
       const float a = s.base[i], b = s.base[i + h];
@@ -626,7 +658,7 @@ KAKEYA_HD void seal_residual(SealState<D> &s, int thread) {
         const int j = 16 * w + k;
         float *row = s.rows + j * s.stride;
         const Turn r = turn_of(s, j, i);
-        const bool exact = s.slot_of[j] != kNoSlot;
+        const bool exact = exact_tokens >> k & 1u;
         const float x = row[i] - (a * r.cos - b * r.sin), y = row[i + h] - (b * r.cos + a * r.sin);
         row[i] = x;
         row[i + h] = y;
@@ -636,23 +668,25 @@ KAKEYA_HD void seal_residual(SealState<D> &s, int thread) {
       s.part[w * D + i] = sum;
       s.part[w * D + i + h] = second;
     } else {
-      for (int j = 16 * w; j < 16 * w + 16; ++j) {
-        float *x = s.rows + j * s.stride + i + h;
+      KAKEYA_UNROLL_4
+      for (int k = 0; k < 16; ++k) {
+        float *x = s.rows + (16 * w + k) * s.stride + i + h;
         *x -= s.base[i + h];
-        sum += s.slot_of[j] != kNoSlot ? 0.0f : *x * *x;
+        sum += exact_tokens >> k & 1u ? 0.0f : *x * *x;
       }
       s.part[w * D + i + h] = sum;
     }
   }
 }
 
-// Block scales of each channel: the number of thresholds below the ratio.
+// Block scales of each channel: the number of thresholds below the ratio. From here on channels go in code order.
 template <int D>
-KAKEYA_HD void seal_scales(const SealJob &job, SealState<D> &s, int thread) {
+KAKEYA_HD void seal_scales(SealState<D> &s, int thread) {
   const float ordinary = float(kBlock - int(s.layout.num_slots));
-  for (int i = thread; i < D; i += kSealThreads) {
+  for (int n = thread; n < D; n += kSealThreads) {
+    const int i = s.order[n];
     const float ratio = channel_sum(s, i) / ordinary / (s.sigma[i] * s.sigma[i]);
-    uint32_t lo = 0, hi = job.tables->scale_codes - 1;
+    uint32_t lo = 0, hi = s.scale_codes - 1;
     while (lo < hi) {
       const uint32_t mid = (lo + hi) / 2;
       if (ratio > s.tables.scale_thresholds[mid])
@@ -661,24 +695,24 @@ KAKEYA_HD void seal_scales(const SealJob &job, SealState<D> &s, int thread) {
         hi = mid;
     }
     s.scales[i] = uint8_t(lo);
-    s.inverse[i] = 1.0f / (s.tables.factors[lo] * s.sigma[i]);
+    s.coded[n] = {i, 1.0f / (s.tables.factors[lo] * s.sigma[i]), s.base[i], 0.0f};
   }
 }
 
 // A residual by its scale, what is coded.
-template <int D, bool K>
-KAKEYA_HD float normalised(const SealState<D> &s, float x, int channel) {
-  return (K ? x : x - s.base[channel]) * s.inverse[channel];
+template <bool K>
+KAKEYA_HD float normalised(float x, const Coded &coded) {
+  return (K ? x : x - coded.base) * coded.inverse;
 }
 
 // Rows of exact tokens are kept by slot; the codes see zeros.
 template <int D, bool K>
 KAKEYA_HD void seal_exact(SealState<D> &s, int thread) {
   for (int e = thread; e < int(s.layout.num_slots) * D; e += kSealThreads) {
-    const int channel = s.order[e % D];
-    float *x = s.rows + s.tokens[e / D] * s.stride + channel;
-    s.part[e] = normalised<D, K>(s, *x, channel);
-    *x = K ? 0.0f : s.base[channel];
+    const Coded coded = s.coded[e % D];
+    float *x = s.rows + s.tokens[e / D] * s.stride + coded.channel;
+    s.part[e] = normalised<K>(*x, coded);
+    *x = K ? 0.0f : coded.base;
   }
 }
 
@@ -721,17 +755,19 @@ struct Quarter {
   KAKEYA_HD void place(const SealState<D> &s, int group, int lane, int unit, int q) {
     KAKEYA_UNROLL
     for (int c = 0; c < 4; ++c) {
-      const int n = 4 * q + c, channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
-      at[c] = code_token<D, K>(group, lane, n) * s.stride + channel;
+      const int n = 4 * q + c;
+      at[c] = code_token<D, K>(group, lane, n) * s.stride +
+              s.coded[unit * Unit<D>::channels + code_channel<D, K>(lane, n)].channel;
     }
   }
 
   KAKEYA_HD void load(const SealState<D> &s, int group, int lane, int unit, int q, const Cells &cells) {
     KAKEYA_UNROLL
     for (int c = 0; c < 4; ++c) {
-      const int n = 4 * q + c, channel = s.order[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
-      at[c] = code_token<D, K>(group, lane, n) * s.stride + channel;
-      z[c] = normalised<D, K>(s, s.rows[at[c]], channel);
+      const int n = 4 * q + c;
+      const Coded coded = s.coded[unit * Unit<D>::channels + code_channel<D, K>(lane, n)];
+      at[c] = code_token<D, K>(group, lane, n) * s.stride + coded.channel;
+      z[c] = normalised<K>(s.rows[at[c]], coded);
       const Cell cell = s.tables.cells[cell_of(cells, z[c])];
       below[c] = cell.below + (z[c] > cell.threshold);
     }
@@ -745,7 +781,7 @@ KAKEYA_HD void seal_scalar(const SealJob &job, SealState<D> &s, int group, int l
   const float *points = s.tables.points[0].x;
   KAKEYA_ROLLED
   for (int u = 0; u < Unit<D>::units; ++u) {
-    const int w = s.widths[u];
+    const int w = s.widths[K ? 0 : 1][u];
     if (w == 0) continue;
     const Cells cells = s.tables.cells_of[w];
     CodeBytes codes = {{0, 0, 0, 0}};
@@ -810,18 +846,38 @@ KAKEYA_HD uint32_t second_bytes(const uint32_t *x) {
 // its high predecessor) and its number of thresholds below z (byte 1) where the input was.
 template <int D, bool K>
 KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int lane, uint32_t exact) {
+  constexpr int units = Unit<D>::units;
+  const uint8_t *widths = s.widths[K ? 0 : 1];
   float cost[8];
   for (int i = 0; i < 8; ++i) cost[i] = i == 0 ? 0.0f : bits_float(0x7f800000u);
+  // The nearest unit after (before) u that has codes.
+  const auto unit_after = [&](int u) {
+    do ++u;
+    while (u < units && widths[u] == 0);
+    return u;
+  };
+  const auto unit_before = [&](int u) {
+    do --u;
+    while (u >= 0 && widths[u] == 0);
+    return u;
+  };
+  const auto read = [&](Quarter<D, K> &x, int u, int q) {
+    x.load(s, group, lane, u, q, s.tables.cells_of[widths[u] + 1]);
+  };
+  const int first_unit = unit_after(-1);
+  if (first_unit == units) return;
+  Quarter<D, K> in;
+  read(in, first_unit, 0);
   KAKEYA_ROLLED
-  for (int u = 0; u < Unit<D>::units; ++u) {
-    const int w = s.widths[u];
-    if (w == 0) continue;
-    const Cells cells = s.tables.cells_of[w + 1];
-    const Quad *windows = s.tables.points + window_start(w);
+  for (int u = first_unit; u < units;) {
+    const Quad *windows = s.tables.points + window_start(widths[u]);
+    const int after = unit_after(u);
     KAKEYA_ROLLED
     for (int q = 0; q < 4; ++q) {
-      Quarter<D, K> in;
-      in.load(s, group, lane, u, q, cells);
+      // The next quarter is read while this one is searched; at the end, the same again.
+      Quarter<D, K> ahead;
+      const bool stays = q < 3 || after == units;
+      read(ahead, stays ? u : after, q < 3 ? q + 1 : after == units ? 3 : 0);
       Quad p[4];
       KAKEYA_UNROLL
       for (int c = 0; c < 4; ++c) p[c] = windows[in.below[c]];
@@ -849,7 +905,9 @@ KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int 
       }
       KAKEYA_UNROLL
       for (int c = 0; c < 4; ++c) s.rows[in.at[c]] = bits_float(history[c]);
+      in = ahead;
     }
+    u = after;
   }
   int state = 0;
   float best = cost[0];
@@ -860,19 +918,26 @@ KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int 
   // bits found are the window that its reader makes: bit n + 3 is u_n.
   uint32_t window = uint32_t(reversed(state));
   uint8_t *out = job.page + s.codes_start + unit_bytes(1) * (group + 1) * s.bits;
+  const auto recall = [&](uint32_t *history, int u, int q) {
+    Quarter<D, K> x;
+    x.place(s, group, lane, u, q);
+    KAKEYA_UNROLL
+    for (int c = 0; c < 4; ++c) history[c] = float_bits(s.rows[x.at[c]]);
+  };
+  const int last_unit = unit_before(units);
+  uint32_t ahead[4];
+  recall(ahead, last_unit, 3);
   KAKEYA_ROLLED
-  for (int u = Unit<D>::units - 1; u >= 0; --u) {
-    const int w = s.widths[u];
-    if (w == 0) continue;
+  for (int u = last_unit; u >= 0;) {
+    const int w = widths[u], before = unit_before(u);
     out -= unit_bytes(w);
     CodeBytes refinement = {{0, 0, 0, 0}};
     KAKEYA_ROLLED
     for (int q = 3; q >= 0; --q) {
-      Quarter<D, K> in;
-      in.place(s, group, lane, u, q);
       uint32_t history[4];
       KAKEYA_UNROLL
-      for (int c = 0; c < 4; ++c) history[c] = float_bits(s.rows[in.at[c]]);
+      for (int c = 0; c < 4; ++c) history[c] = ahead[c];
+      recall(ahead, q > 0 || before < 0 ? u : before, q > 0 ? q - 1 : before < 0 ? 0 : 3);
       KAKEYA_UNROLL
       for (int c = 3; c >= 0; --c) window = window << 1 | (history[c] >> (window & 7u) & 1u);
       refinement.push_front(second_bytes(history));
@@ -891,6 +956,7 @@ KAKEYA_HD void seal_trellis(const SealJob &job, SealState<D> &s, int group, int 
       take_points_off<D, K>(s, group, lane, u, exact,
                             [&](int n) { return zero->x[2u * (z1 >> n & 1u) + (z0 >> n & 1u)]; });
     }
+    u = before;
   }
 }
 
@@ -966,7 +1032,7 @@ KAKEYA_HD void seal_finish(const SealJob &job, SealState<D> &s, int thread) {
     }
   }
   if (!K) return;
-  const uint32_t end = s.layout.slots_offset + uint32_t(n * (4 + 2 * D)), size = job.tables->page_bytes;
+  const uint32_t end = s.layout.slots_offset + uint32_t(n * (4 + 2 * D)), size = s.page_bytes;
   for (uint32_t i = end + uint32_t(thread); i < size; i += kSealThreads) job.page[i] = 0;
   if (thread == 0) {
     job.page[0] = 'K';
@@ -987,7 +1053,7 @@ KAKEYA_HD void seal_begin(const SealJob &job, SealState<D> &s, const Load &load,
     run([&](int t) { seal_hadamard(s, t); });
     return;
   }
-  run([&](int t) { seal_centre(job, s, t); });
+  run([&](int t) { seal_centre(s, t); });
   if (!s.calibrated) {
     for (int square = 0; square < 2; ++square) {
       run([&](int t) { seal_moment_sums(s, t, square); });
@@ -997,15 +1063,16 @@ KAKEYA_HD void seal_begin(const SealJob &job, SealState<D> &s, const Load &load,
   run([&](int t) { seal_score_sums(s, t); });
   run([&](int t) { seal_scores(s, t); });
   run([&](int t) { seal_choose(s, t); });
+  run([&](int t) { seal_pick(s, t); });
 }
 
 template <int D, bool K, typename Run>
 KAKEYA_HD void seal_end(const SealJob &job, SealState<D> &s, Run run) {
-  run([&](int t) { seal_mark(job, s, t); });
+  run([&](int t) { seal_mark<D, K>(job, s, t); });
   run([&](int t) { seal_mean_sums<D, K>(s, t); });
   run([&](int t) { seal_means(s, t); });
   run([&](int t) { seal_residual<D, K>(s, t); });
-  run([&](int t) { seal_scales(job, s, t); });
+  run([&](int t) { seal_scales(s, t); });
   run([&](int t) { seal_exact<D, K>(s, t); });
   run([&](int t) { seal_codes<D, K>(job, s, t); });
   run([&](int t) { seal_peaks(s, t); });

@@ -11,12 +11,15 @@ constexpr int kHeader = 16;   // bytes of a page's header
 constexpr int kMaxSlots = 8;  // exact slots of a page
 constexpr int kMaxThresholds = 128;
 constexpr int kMaxUnits = 8;
+constexpr int kMaxActive = 32;
 
 struct Tables {
   uint32_t head_dim, num_kv_heads, num_layers, pairs, max_blocks, page_bytes, unit_channels, unit_tokens;
   uint32_t calibrated, trellis, scale_codes, head_stride;
   uint32_t layers, heads, natural, centre_cos, centre_sin, offset_cos, offset_sin;
   uint32_t factors, scale_thresholds, grids, thresholds, total_bytes;
+  uint32_t interleaved;
+  uint32_t seal, turns;  // what sealing copies: SealTables, SealState::turns
 
   template <typename T>
   KAKEYA_HD const T *at(uint32_t offset) const {
@@ -45,6 +48,8 @@ struct StreamView {
 struct HeadView {
   StreamView k, v;
   const float *sink_query;
+  // Neighbours of eight key channels that count for scores: their numbers, and at kMaxActive how many.
+  const uint8_t *active;
 };
 
 KAKEYA_HD HeadView head_view(const Tables &t, int layer, int head) {
@@ -57,6 +62,7 @@ KAKEYA_HD HeadView head_view(const Tables &t, int layer, int head) {
   h.k = {f, f + d, f + 2 * d, order, order + 2 * d, widths};
   h.v = {f + 3 * d, f + 4 * d, f + 5 * d, order + d, order + 3 * d, widths + kMaxUnits};
   h.sink_query = f + 6 * d;
+  h.active = widths + 2 * kMaxUnits;
   return h;
 }
 

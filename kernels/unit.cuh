@@ -15,11 +15,13 @@
 #ifdef __CUDACC__
 #define KAKEYA_HD __host__ __device__ __forceinline__
 #define KAKEYA_UNROLL _Pragma("unroll")
+#define KAKEYA_UNROLL_2 _Pragma("unroll 2")
 #define KAKEYA_UNROLL_4 _Pragma("unroll 4")
 #define KAKEYA_ROLLED _Pragma("unroll 1")
 #else
 #define KAKEYA_HD inline
 #define KAKEYA_UNROLL
+#define KAKEYA_UNROLL_2
 #define KAKEYA_UNROLL_4
 #define KAKEYA_ROLLED
 #endif

@@ -3,6 +3,8 @@
 //
 //   cargo run --release -p kakeya-bridge --example seal_vectors -- DIR 2 8 128
 //   nvcc -O3 -std=c++17 -fmad=false -arch=sm_90 -o bench_seal tests/gpu/bench_seal.cu && ./bench_seal DIR/*.bin
+//
+// -DKAKEYA_SEAL_CLOCKS: also the cycles of each phase of a block sealed alone.
 #include <algorithm>
 #include <functional>
 
@@ -100,6 +102,29 @@ int main(int argc, char **argv) {
     seal("prompt, 64 blocks", 64, false, 8);
     seal("steady decode, 2 blocks", 2, true, 32);
     seal("one block", 1, true, 32);
+#ifdef KAKEYA_SEAL_CLOCKS
+    // After "one block": of its first head, in the last launch.
+    long long clocks[2][32];
+    CUDA(cudaMemcpyFromSymbol(clocks, seal_clocks, sizeof clocks));
+    const char *begin[] = {"setup", "load", "centre", "score sums", "scores", "choose", "pick"};
+    const char *end[] = {"exchange", "mark",         "mean sums", "means", "residual",
+                         "scales",   "exact tokens", "codes",     "peaks", "finish"};
+    for (int stream = 0; stream < 2; ++stream) {
+      std::vector<const char *> names(begin, begin + 2);
+      if (stream == 0) {
+        names.push_back("centre");
+        if (!x.t.calibrated) names.insert(names.end(), {"sums", "means", "squares", "variances"});
+        names.insert(names.end(), begin + 3, begin + 7);
+      } else {
+        names.push_back("hadamard");
+      }
+      names.insert(names.end(), end, end + 10);
+      printf("  cycles of %s:", stream == 0 ? "keys" : "values");
+      for (size_t n = 0; n < names.size(); ++n)
+        printf(" %s %lld,", names[n], clocks[stream][n + 1] - clocks[stream][n]);
+      printf(" in all %lld\n", clocks[stream][names.size()] - clocks[stream][0]);
+    }
+#endif
     seal("burst, 256 blocks", 256, true, 4);
     seal("nothing to seal", 0, true, 32);
     if (i == 1) {

@@ -2,7 +2,7 @@
 //! counted in bytes from the block's start, every table begins at a multiple of 16.
 
 use crate::codec::{Codec, StreamTables};
-use crate::grid::MAX_WIDTH;
+use crate::grid::{Grid, MAX_WIDTH};
 use crate::recipe::Quantizer;
 use crate::shape::BLOCK;
 
@@ -48,6 +48,106 @@ pub struct Header {
     /// f32 `[7][MAX_THRESHOLDS]`.
     pub thresholds: u32,
     pub total_bytes: u32,
+    /// Whether the pairs that rotate are neighbours in natural order.
+    pub interleaved: u32,
+    /// What sealing copies as it is: `kakeya::SealTables` (see `seal_tables`), and u32 `[64][head_dim / 2 + 4]`, f16 cos
+    /// (low half) and sin of the turns by 0.5..63.5 tokens, `pairs` of them in a row.
+    pub seal: u32,
+    pub turns: u32,
+}
+
+/// Slots of a trellis' windows, of all widths: 2^(w+1) - 3 each.
+const WINDOWS: usize = 234;
+/// Codes of a channel's scale at most.
+const MAX_SCALES: usize = 256;
+/// Eight channels each: groups of a head's key channels that count for the scores.
+const MAX_ACTIVE: usize = 32;
+
+/// Where the cells of an alphabet of `symbol_bits` bits lie: scale, count, origin. Input z is in cell
+/// `round(count * clamp(z * scale + 1/2, 0, 1) + origin) - 2^23`.
+fn cells_of(g: &Grid) -> [f32; 3] {
+    let first = 4 << g.symbol_bits;
+    [0.5 / (g.alpha + g.beta), (first - 2) as f32, 8_388_608.0 + first as f32]
+}
+
+fn cell_of([scale, count, origin]: [f32; 3], z: f32) -> usize {
+    (z.mul_add(scale, 0.5).clamp(0.0, 1.0).mul_add(count, origin).to_bits() - 0x4b00_0000) as usize
+}
+
+/// `kakeya::SealTables` of kernels/seal.cuh, in its order: points or windows, cells, where cells lie, factors, thresholds
+/// of scales.
+fn seal_tables(codec: &Codec) -> Vec<u8> {
+    let trellis = codec.recipe().quantizer == Quantizer::Trellis;
+    let mut points = vec![0f32; 4 * WINDOWS];
+    // An empty cell: no threshold, and none below.
+    let mut cells = [(f32::INFINITY, 0u32); 1024];
+    let mut places = [[0f32; 3]; MAX_UNITS];
+    for (width, g) in codec.grids.iter().enumerate().skip(1) {
+        let bits = g.symbol_bits as usize;
+        if trellis {
+            let first = (2 << width) - 3 * width - 1;
+            for n in 0..(2 << width) - 3 {
+                for j in 0..4 {
+                    points[4 * (first + n) + j] = g.points[(n + 3 - j) / 4 * 4 + j];
+                }
+            }
+        } else {
+            points[1 << width..][..1 << width].copy_from_slice(&g.points);
+        }
+        let mut thresholds = g.thresholds.clone();
+        thresholds.sort_by(f32::total_cmp);
+        places[bits] = cells_of(g);
+        let first = 4 << bits;
+        for (cell, out) in cells.iter_mut().enumerate().skip(first).take(first) {
+            let below = thresholds.partition_point(|&t| cell_of(places[bits], t) < cell);
+            let own = thresholds.get(below).filter(|&&t| cell_of(places[bits], t) == cell);
+            assert!(
+                thresholds.get(below + 1).is_none_or(|&t| cell_of(places[bits], t) > cell),
+                "one threshold a cell"
+            );
+            *out = (own.copied().unwrap_or(f32::INFINITY), below as u32);
+        }
+    }
+    let mut bytes: Vec<u8> = bytemuck::cast_slice(&points).to_vec();
+    for (threshold, below) in cells {
+        bytes.extend(threshold.to_le_bytes());
+        bytes.extend(below.to_le_bytes());
+    }
+    bytes.extend_from_slice(bytemuck::cast_slice(&places));
+    for x in [&codec.stats.factors[..], codec.stats.thresholds()] {
+        let mut padded = [0f32; MAX_SCALES];
+        padded[..x.len()].copy_from_slice(x);
+        bytes.extend_from_slice(bytemuck::cast_slice(&padded));
+    }
+    bytes
+}
+
+fn turns(codec: &Codec, head_dim: usize) -> Vec<u32> {
+    let rotary = &codec.rotary;
+    let (rows, stride) = (BLOCK / 2, head_dim / 2 + 4);
+    let mut turns = vec![0u32; rows * stride];
+    for i in 0..rows {
+        for p in 0..rotary.pairs {
+            let from = (rows + i) * rotary.pairs + p;
+            let half = |x: f32| u32::from(half::f16::from_f32(x).to_bits());
+            turns[i * stride + p] = half(rotary.offset_cos[from]) | half(rotary.offset_sin[from]) << 16;
+        }
+    }
+    turns
+}
+
+/// The neighbours of eight key channels in which a sink query is not all zeros: their numbers, then how many.
+fn active(sink_query: &[f32]) -> [u8; MAX_ACTIVE + 16] {
+    let mut out = [0; MAX_ACTIVE + 16];
+    let mut count = 0;
+    for (b, x) in sink_query.chunks_exact(8).enumerate() {
+        if x.iter().any(|&x| x != 0.0) {
+            out[count] = b as u8;
+            count += 1;
+        }
+    }
+    out[MAX_ACTIVE] = count as u8;
+    out
 }
 
 struct Block(Vec<u8>);
@@ -64,7 +164,8 @@ impl Block {
 /// The tables of a codec; the block begins with its [`Header`].
 ///
 /// A head's record: f32 `[7][head_dim]` K mean, K step, K sigma, V mean, V step, V sigma, sink query; u16
-/// `[4][head_dim]` K order, V order, and their inverses; u8 `[2][MAX_UNITS]` K widths, V widths.
+/// `[4][head_dim]` K order, V order, and their inverses; u8 `[2][MAX_UNITS]` K widths, V widths; u8 `[48]` K's channels
+/// that count for scores (see `active`).
 pub fn tables(codec: &Codec) -> Vec<u8> {
     let shape = codec.shape();
     let d = shape.head_dim;
@@ -93,6 +194,7 @@ pub fn tables(codec: &Codec) -> Vec<u8> {
             for s in [&t.k, &t.v] {
                 heads.extend_from_slice(&padded_widths(s));
             }
+            heads.extend_from_slice(&active(&t.sink_query));
         }
     }
     let rotary = &codec.rotary;
@@ -139,6 +241,9 @@ pub fn tables(codec: &Codec) -> Vec<u8> {
     header.scale_thresholds = block.put(bytemuck::cast_slice(codec.stats.thresholds()));
     header.grids = block.put(bytemuck::cast_slice(&grids));
     header.thresholds = block.put(bytemuck::cast_slice(&thresholds));
+    header.interleaved = u32::from(rotary.pairs > 1 && rotary.natural.is_some());
+    header.seal = block.put(&seal_tables(codec));
+    header.turns = block.put(bytemuck::cast_slice(&turns(codec, d)));
     block.0.resize(block.0.len().next_multiple_of(16), 0);
     header.total_bytes = block.0.len() as u32;
     block.0[..size_of::<Header>()].copy_from_slice(bytemuck::bytes_of(&header));

@@ -92,7 +92,9 @@ struct HostRows {
   };
   const float *rows;
   int d;
+  static constexpr bool aligned = true;
 
+  Raw scattered(int j, int i) const { return (*this)(j, i); }
   Raw operator()(int j, int i) const {
     Raw raw;
     std::copy_n(rows + j * d + i, 8, raw.x);
@@ -160,7 +162,6 @@ bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uin
     };
     run([&](int thread) { seal_setup<D, true>(t, states[0], thread); });
     run([&](int thread) { seal_setup<D, false>(t, states[1], thread); });
-    for (SealState<D> &s : states) run([&](int thread) { seal_setup_cells(s, thread); });
     seal_begin<D, true>(job, states[0], HostRows{k.data(), D}, run);
     seal_begin<D, false>(job, states[1], HostRows{v.data(), D}, run);
     sealed = !states[0].bad[0] && !states[1].bad[0];
