@@ -1,13 +1,16 @@
 // The attention kernels: head_dim x quantiser x query rows a pass. Grid: x any number of blocks (as many as fit on the
 // device at once), y passes of kRows rows over the largest number of rows of a sequence. Dynamic shared memory:
-// AttendShared::kStages + stages * (page_bytes + 8 * pairs), with 5 to 8 stages.
+// AttendShared::kFixed + stages * page_bytes, with 3 to 8 stages.
 #include "attend.cuh"
 
 namespace kakeya {
 
 template <int D, int Q, int ROWS>
 constexpr int blocks_per_sm() {
-  return D == 256 || ROWS == 16 ? 1 : 2;
+  // Registers and shared memory of a multiprocessor: 16 warps of 128 registers at most, fewer where more rows need
+  // more.
+  if (D == 256) return ROWS == 4 ? 2 : 1;
+  return ROWS == 4 ? 4 : ROWS == 8 ? 3 : 2;
 }
 
 #define KAKEYA_ATTEND(D, Q, NAME, ROWS)                                                                 \
@@ -39,8 +42,7 @@ KAKEYA_ATTEND_ALL(256)
 // What a launcher has to know of each (head_dim, rows), for it to read from the module: the same for all quantisers.
 //   blocks of the grid's x    blocks_per_sm x multiprocessors
 //   stages                    as many as fit (at least min_stages, at most 8 are of use) into the multiprocessor's
-//   shared
-//                             memory / blocks_per_sm - 1 KiB, each page_bytes + 8 pairs bytes, after fixed_shared
+//                             shared memory / blocks_per_sm - 1 KiB, each page_bytes, after fixed_shared
 //   workspace, floats         passes x (blocks + sequences x KV heads) x rows x (head_dim + 2)
 //   counters, int32           passes x sequences x KV heads, zero before the first launch
 struct AttendInfo {
@@ -49,12 +51,7 @@ struct AttendInfo {
 
 template <int D, int ROWS>
 constexpr AttendInfo attend_info() {
-  return {D,
-          ROWS,
-          AttendShape<D>::kThreads,
-          AttendShared<D, ROWS>::kStages,
-          blocks_per_sm<D, kUniform, ROWS>(),
-          AttendRows<ROWS>::kRound + 2};
+  return {D, ROWS, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kFixed, blocks_per_sm<D, kUniform, ROWS>(), 3};
 }
 
 extern "C" __device__ const AttendInfo kakeya_attend_info[] = {

@@ -20,6 +20,8 @@ struct Tables {
   uint32_t factors, scale_thresholds, grids, thresholds, total_bytes;
   uint32_t interleaved;
   uint32_t seal, turns;  // what sealing copies: SealTables, SealState::turns
+  // What attention reads, see crates/codec/src/fragments.rs: u32 [4][head_dim / 32][32][2][4]; by width {u32, f32}.
+  uint32_t offsets, alphabets;
 
   template <typename T>
   KAKEYA_HD const T *at(uint32_t offset) const {

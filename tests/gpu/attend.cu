@@ -97,7 +97,7 @@ struct Kernel {
 
 template <int D, int ROWS>
 static Kernel shape_of(const void *entry) {
-  return {entry, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kStages, D == 256 || ROWS == 16 ? 1 : 2, ROWS};
+  return {entry, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kFixed, blocks_per_sm<D, kUniform, ROWS>(), ROWS};
 }
 
 static Kernel kernel_of(int d, int q, int rows) {
@@ -141,9 +141,11 @@ struct Launch {
   Kernel k;
   int stages, shared, blocks, chunks;
   Launch(const File &f, int rows) {
-    const int d = int(f.t.head_dim), stage_bytes = int(f.t.page_bytes + 8 * f.t.pairs);
+    const int d = int(f.t.head_dim), stage_bytes = int(f.t.page_bytes);
     k = kernel_of(d, f.quantizer(), rows);
-    stages = stages_of(k, stage_bytes);
+    // As the library does: as many blocks as the kernel was compiled for, else fewer.
+    for (stages = stages_of(k, stage_bytes); stages < 3 && k.blocks_per_sm > 1; stages = stages_of(k, stage_bytes))
+      --k.blocks_per_sm;
     if (stages < 3) {
       fprintf(stderr, "%s, %d rows: only %d stages fit\n", f.name.c_str(), rows, stages);
       exit(1);
@@ -484,8 +486,15 @@ int main(int argc, char **argv) {
     if (getenv("KAKEYA_BENCH_NO_SLOTS"))  // what the exact slots cost
       for (uint32_t l = 0; l < f.t.num_layers; ++l)
         reinterpret_cast<uint32_t *>(f.tables.data() + f.t.layers)[4 * l + 1] = 0;
-    bench(f, 64, 8192, 4, copy);
-    if (getenv("KAKEYA_BENCH_ONE")) continue;
+    int batch = 64, context = 8192, group = 4;
+    if (const char *shape = getenv("KAKEYA_BENCH_SHAPE")) {  // one shape only: batch,context,group
+      if (sscanf(shape, "%d,%d,%d", &batch, &context, &group) != 3) {
+        fprintf(stderr, "KAKEYA_BENCH_SHAPE is %s; valid: BATCH,CONTEXT,GROUP\n", shape);
+        return 1;
+      }
+    }
+    bench(f, batch, context, group, copy);
+    if (getenv("KAKEYA_BENCH_ONE") || getenv("KAKEYA_BENCH_SHAPE")) continue;
     bench(f, 32, 32768, 4, copy);
     bench(f, 1, 131072, 4, copy);
     bench(f, 1, 8192, 4, copy);

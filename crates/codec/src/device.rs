@@ -2,6 +2,7 @@
 //! counted in bytes from the block's start, every table begins at a multiple of 16.
 
 use crate::codec::{Codec, StreamTables};
+use crate::fragments;
 use crate::grid::{Grid, MAX_WIDTH};
 use crate::recipe::Quantizer;
 use crate::shape::BLOCK;
@@ -54,6 +55,9 @@ pub struct Header {
     /// (low half) and sin of the turns by 0.5..63.5 tokens, `pairs` of them in a row.
     pub seal: u32,
     pub turns: u32,
+    /// What attention reads: see [`crate::fragments`].
+    pub offsets: u32,
+    pub alphabets: u32,
 }
 
 /// Slots of a trellis' windows, of all widths: 2^(w+1) - 3 each.
@@ -244,6 +248,8 @@ pub fn tables(codec: &Codec) -> Vec<u8> {
     header.interleaved = u32::from(rotary.pairs > 1 && rotary.natural.is_some());
     header.seal = block.put(&seal_tables(codec));
     header.turns = block.put(bytemuck::cast_slice(&turns(codec, d)));
+    header.offsets = block.put(bytemuck::cast_slice(&fragments::offsets(codec)));
+    header.alphabets = block.put(bytemuck::cast_slice(&fragments::alphabets(codec)));
     block.0.resize(block.0.len().next_multiple_of(16), 0);
     header.total_bytes = block.0.len() as u32;
     block.0[..size_of::<Header>()].copy_from_slice(bytemuck::bytes_of(&header));

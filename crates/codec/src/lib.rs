@@ -15,6 +15,7 @@ pub mod codec;
 pub mod device;
 pub mod error;
 pub mod fast;
+pub mod fragments;
 pub mod grid;
 pub mod hadamard;
 pub mod layout;

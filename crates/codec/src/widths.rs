@@ -45,7 +45,8 @@ fn allocate(head: &Head, mse: &[f64; 7]) -> Widths {
     Widths { k: k.iter().map(|&b| b as u8).collect(), v: v.iter().map(|&b| b as u8).collect() }
 }
 
-/// Widths of all heads, from at most `menu` different lists (more only where budgets differ more often than that).
+/// Widths of all heads, from at most `menu` different lists (more only where budgets differ more often than that). Where a
+/// stream's weights never rise from unit to unit, neither do its widths: a GPU kernel relies on it.
 pub fn assign(heads: &[Head], mse: &[f64; 7], menu: usize) -> Vec<Widths> {
     let mut chosen: Vec<Widths> = heads.iter().map(|h| allocate(h, mse)).collect();
     let sum = |w: &Widths| w.k.iter().chain(&w.v).map(|&b| usize::from(b)).sum::<usize>();
@@ -106,6 +107,23 @@ mod tests {
             d.sort();
             d.dedup();
             assert!(d.len() <= menu, "{menu}: {}", d.len());
+        }
+    }
+
+    #[test]
+    fn falling_weights_get_falling_widths() {
+        let mse = distortion(Quantizer::Trellis);
+        let heads: Vec<Head> = (0..40)
+            .map(|h| {
+                let stream =
+                    |n: i32| (0..4).map(move |u| 0.3f64.powi(u * (1 + (h + n) % 5)) * f64::from(1 + h % 7));
+                Head { weight: stream(0).chain(stream(1)).collect(), bits: 8 + (h as usize % 3) * 9 }
+            })
+            .collect();
+        for menu in [1000, 5, 3] {
+            for w in assign(&heads, mse, menu) {
+                assert!(w.k.is_sorted_by(|a, b| a >= b) && w.v.is_sorted_by(|a, b| a >= b), "{w:?}");
+            }
         }
     }
 

@@ -295,17 +295,7 @@ impl Attend {
             Quantizer::Trellis => "trellis",
         };
         let name = format!("kakeya_attend_d{}_{quantizer}_r{}", shape.head_dim, kind.rows);
-        // A page, and the rotation to its block's centre: a cosine and a sine for each channel pair.
-        let pairs = shape.rope.as_ref().map_or(0, |rope| rope.rotary_dim / 2);
-        if !pairs.is_multiple_of(4) {
-            // Rows of the table of rotations are transferred 16 bytes at a time.
-            return refuse!(
-                KAKEYA_ERR_UNSUPPORTED,
-                "rotary_dim is {}; the attention kernel takes multiples of 8",
-                2 * pairs
-            );
-        }
-        let stage_bytes = codec.page_bytes() + 8 * pairs;
+        let stage_bytes = codec.page_bytes();
         // As many blocks as the kernel was compiled for, else fewer; then as many stages as fit.
         let mut refusal = None;
         for blocks in (1..=kind.blocks_per_sm).rev() {

@@ -1,0 +1,86 @@
+// What the attention kernels are compiled for: shapes, query rows, and where things lie in shared memory.
+#pragma once
+
+#include "params.cuh"
+
+namespace kakeya {
+
+enum Quantizer : int { kUniform = 0, kCubic = 1, kTrellis = 2 };
+
+// Scores are in units of log2; a probability may exceed the shared maximum by this before all warps agree on a new one:
+// 2^8 and its sums stay far inside fp16.
+constexpr float kSlack = 8.0f;
+constexpr float kNoScore = -1e30f;
+// fp16 range with a margin; larger queries would need scores beyond any softmax.
+constexpr float kHalfMax = 60000.0f;
+
+template <int D>
+struct AttendShape {
+  static constexpr int kUnits = D == 256 ? 8 : 4;
+  static constexpr int kUnitChannels = D / kUnits;
+  static constexpr int kUnitTokens = 512 / kUnitChannels;
+  static constexpr int kWarps = kUnits, kThreads = 32 * kWarps;
+  static constexpr int kGroups = kBlock / kUnitTokens;  // token groups of a block
+  static constexpr int kTiles = kUnitChannels / 16;     // 16-channel tiles of a unit
+  static constexpr int kPairs = D / 2;
+  static constexpr int kPairSteps = kPairs / 16;  // products of 16 channel pairs that the mean takes, twice
+  static constexpr int kWarpTiles = 8 / kWarps;   // tiles of 16 tokens whose softmax a warp owns
+  static constexpr int kWarpTokens = 16 * kWarpTiles;
+  static constexpr int kPairThreads = kThreads / kPairs;  // threads that prepare a channel pair
+  static constexpr int kStats = 4 / kPairThreads;         // statistics of a thread: of two K and two V channels a pair
+};
+
+template <int ROWS>
+struct AttendRows {
+  static constexpr bool kSplit = ROWS == 4;                   // odd columns carry low parts
+  static constexpr int kColumns = kSplit ? 1 : 2;             // rows of a thread's two columns
+  static constexpr int kTiles = ROWS == 16 ? 2 : 1;           // 8-column tiles of the products with codes
+  static constexpr int kMeanTiles = kSplit ? 1 : 2 * kTiles;  // high parts, then low parts
+};
+
+// Shared memory, bytes from its start.
+template <int D, int ROWS>
+struct AttendShared {
+  using S = AttendShape<D>;
+  using R = AttendRows<ROWS>;
+  // Partial scores, f32 [owner][kWarps - 1][lane][kLaneScores]: an owner keeps its own unit's in registers.
+  static constexpr int kLaneScores = S::kWarpTiles * 2 * R::kColumns * R::kTiles;
+  static constexpr int kPart = 0, kPartBytes = 128 * kLaneScores, kOwnerBytes = (S::kWarps - 1) * kPartBytes;
+  static constexpr int kProb = kPart + S::kWarps * kOwnerBytes;  // f16 [tile of rows][token][8]
+  static constexpr int kProbTile = kBlock * 16;
+  static constexpr int kSlotScores = kProb + R::kMeanTiles * kProbTile;  // f32 [slot][unit][row]
+  // f16 registers of the query [tile][unit][lane][..]; with split columns of the even columns' lanes only.
+  static constexpr int kQuery = kSlotScores + kMaxSlots * S::kWarps * ROWS * 4;
+  static constexpr int kQueryBytes = R::kSplit ? D * 4 * 2 : R::kTiles * D * 8 * 2;
+  static constexpr int kMean = kQuery + kQueryBytes;  // f16 [tile][unit][lane][..]
+  static constexpr int kMeanBytes = R::kMeanTiles * D * 8 * 2;
+  static constexpr int kValue = kMean + kMeanBytes;    // 2 x {scale, offset} f32 [unit][row of lanes][class]
+  static constexpr int kFactors = kValue + 2 * D * 8;  // f32 [16]
+  static constexpr int kMax = kSlotScores;             // f32 [warp][ROWS]: slots' scores have been gathered by then
+  static constexpr int kSlotUp = kFactors + 16 * 4;    // f16 x 2 [warp][2][4], f32 [warp][4]: see slot_constants
+  static constexpr int kSlotUndo = kSlotUp + S::kWarps * 32;
+  static constexpr int kZero = kSlotUndo + S::kWarps * 16;  // 16 bytes: the odd columns of a split query
+  static constexpr int kBarriers = kZero + 16;              // u64 [8]
+  static constexpr int kFlag = kBarriers + 64;
+  static constexpr int kFetch = kFlag + 16;                        // AttendFetch
+  static constexpr int kStages = (kFetch + 64 + 127) / 128 * 128;  // pages
+  static constexpr int kFixed = kStages + D;  // beside the pages; behind the last, what a clamped slot may reach
+  // Open blocks come after a segment's pages: element [tile][unit][lane][..] over the query's and the mean's registers.
+  static constexpr int kRawQuery = kQuery;
+  static_assert(R::kTiles * D * 8 * 2 <= kQueryBytes + kMeanBytes, "the raw query fits");
+  // A segment's result over the partial scores: sums in Hadamard space, raw sums, maximum and total.
+  static constexpr int kCoded = kPart, kPlain = kCoded + ROWS * D * 4, kTotals = kPlain + ROWS * D * 4;
+  static_assert(kTotals + ROWS * 8 <= kSlotScores, "results fit");
+};
+
+// Token of row r of a block's tile `tile` in the order of K's codes.
+KAKEYA_HD constexpr int tile_token(int tile, int row) {
+  return tile & 1 ? 63 - 8 * (tile - 1) - row : 64 + 8 * tile + row;
+}
+// 16 * tile + row of a token: the inverse.
+KAKEYA_HD constexpr uint32_t token_place(uint32_t token) {
+  const uint32_t o = token & 64u ? token & 63u : ~token & 63u;  // steps from the centre outwards
+  return (o & 0x30u) << 1 | (token & 64u ? 0u : 16u) | (o & 15u);
+}
+
+}  // namespace kakeya
