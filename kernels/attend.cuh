@@ -1371,9 +1371,9 @@ struct Attend {
     fetch_begin();
     for (int i = 0; i + 1 < stages; ++i) fetch_page();
 #endif
+    // Nobody waits here for the first transfers to be under way: segment() does, with its own loads on their way.
     load_table();
     magic = opaque(0x64006400u);
-    __syncthreads();
     int stage = 0;
     uint32_t parity = 0;
     AttendCursor c = seek(begin);
@@ -1408,6 +1408,7 @@ struct Attend {
   template <bool CALIBRATED>
   KAKEYA_D void segment(const AttendCursor &c, int count, int at, int &stage, uint32_t &parity) {
     begin_segment(c);
+    __syncthreads();  // barriers and constants of run() are there
     int left = max(0, int(opaque(min(c.unit + count, c.pages) - c.unit)));
     uint32_t buffer = 0, page = 0;
     if (left) page = next_page<CALIBRATED>(stage, parity, 0);

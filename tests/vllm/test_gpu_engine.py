@@ -12,12 +12,13 @@ from typing import Any
 
 import engines
 import pytest
+import torch
 from engines import Run, assert_same_run
 
 pytestmark = pytest.mark.gpu
 
 FULL = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-# Log-probabilities where sums are taken in another order, in bf16 over 30 layers.
+# Log-probabilities where sums are taken in another order, in bf16 over 30 layers, without codes.
 CLOSE = 0.25
 LENGTHS = [5, 127, 128, 129, 300, 700, 1500, 37]
 MAX_TOKENS = 150
@@ -65,22 +66,56 @@ def test_both_model_runners_give_the_same_tokens(smollm2: Path) -> None:
     assert tokens(first["runs"]) == tokens(second["runs"])
 
 
+def stock(model: Path) -> dict[str, Any]:
+    """The same requests with the stock bf16 cache."""
+    return run(model, json.dumps({"attention_backend": None, "block_size": 128}))
+
+
+def apart(first: list[Run], second: list[Run]) -> float:
+    """Root mean square difference of log-probabilities, over the tokens that two runs share."""
+    squares = []
+    for a, b in zip(first, second, strict=True):
+        for s, t, x, y in zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=True):
+            if s != t:
+                break
+            squares.append((x - y) ** 2)
+    assert len(squares) >= 3 * len(first), "hardly a token is the same"
+    return (sum(squares) / len(squares)) ** 0.5
+
+
+def assert_within_the_recipe(model: Path, runs: list[Run]) -> None:
+    """`runs` is as near to the plain run as what two caches with this recipe may be apart.
+
+    Where the model itself computes in another order (compiled, several tokens a step), its keys and
+    values differ in their last bit, and some codes fall on the other side of a threshold: never bit
+    for bit the same, but within what the recipe loses against the stock cache anyway.
+    """
+    plain = run(model)["runs"]
+    assert_near(runs, plain, stock(model)["runs"])
+
+
+def assert_near(runs: list[Run], plain: list[Run], exact: list[Run]) -> None:
+    """At worst both have lost something of their own: sqrt(2) times what one loses, and a little
+    for the small sample."""
+    noise, moved = apart(plain, exact), apart(runs, plain)
+    print(f"moved by {moved:.4f}, the recipe by {noise:.4f}")
+    assert moved < 1.6 * noise
+
+
 def test_compiled_with_piecewise_graphs(smollm2: Path) -> None:
-    compiled = run(smollm2, json.dumps({"compilation_config": {}}))
-    for a, b in zip(compiled["runs"], run(smollm2)["runs"], strict=True):
-        assert_same_run(a, b, CLOSE)
+    assert_within_the_recipe(smollm2, run(smollm2, json.dumps({"compilation_config": {}}))["runs"])
 
 
 def test_drafts_change_nothing(smollm2: Path) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 3}
     drafts |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
     drafted = run(smollm2, json.dumps({"speculative_config": drafts}))
-    for a, b in zip(drafted["runs"], run(smollm2)["runs"], strict=True):
-        assert_same_run(a, b, CLOSE)
+    assert_within_the_recipe(smollm2, drafted["runs"])
 
 
 def test_forced_preemption_finishes_every_request(smollm2: Path) -> None:
-    small = run(smollm2, json.dumps({"num_gpu_blocks_override": 24, "max_model_len": 2048}))
+    # All requests but the longest start in 14 blocks and want 22; the longest fits alone (13).
+    small = run(smollm2, json.dumps({"num_gpu_blocks_override": 18, "max_model_len": 2048}))
     assert small["counters"]["vllm:num_preemptions"] > 0
     assert [len(one.tokens) for one in small["runs"]] == [MAX_TOKENS] * len(LENGTHS)
 
@@ -88,6 +123,18 @@ def test_forced_preemption_finishes_every_request(smollm2: Path) -> None:
 def test_all_boundary_layers_give_the_stock_tokens(smollm2: Path) -> None:
     every = ",".join(str(i) for i in range(30))
     kept = run(smollm2, env=json.dumps({"KAKEYA_BOUNDARY_SKIP_LAYERS": every}))
-    stock = run(smollm2, json.dumps({"attention_backend": None, "block_size": 128}))
-    for a, b in zip(kept["runs"], stock["runs"], strict=True):
+    for a, b in zip(kept["runs"], stock(smollm2)["runs"], strict=True):
         assert_same_run(a, b, CLOSE)
+
+
+def test_tensor_parallel_2_is_within_the_recipe(tiny: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    prompts = [engines.tokens(70 + i, n) for i, n in enumerate([300, 45, 129, 700])]
+    options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "enable_prefix_caching": False}
+    two_gpus = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+    def runs(**more: Any) -> list[Run]:
+        return engines.run_elsewhere(tiny, prompts, 40, **options | more)["runs"]
+
+    assert_near(runs(**two_gpus), runs(), runs(attention_backend=None, block_size=128))
