@@ -1,11 +1,52 @@
 // A lane's codes of a unit as operands of matrix instructions: fp16 subnormals of uniform codes, points of the cubic
-// alphabets. Device code only; docs/page-format.md and unit.cuh say how codes lie.
+// alphabets. docs/page-format.md and unit.cuh say how codes lie. All but the loads from shared memory also compiles for
+// the host, where it is compared with the codec's alphabets (csrc/bridge/tests/dequant.rs).
 #pragma once
 
 #include "attend_shape.cuh"
+
+#ifdef __CUDACC__
 #include "instructions.cuh"
+#else
+#include <math.h>
+#define KAKEYA_D inline
+#endif
 
 namespace kakeya {
+
+#ifndef __CUDACC__
+// The device's instructions on pairs of fp16, on the host: exact in double, rounded once to nearest even.
+inline double half_number(uint32_t h) {
+  const int exponent = int(h >> 10 & 31u), mantissa = int(h & 1023u);
+  const double x = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+  return h & 0x8000u ? -x : x;
+}
+inline uint32_t half_nearest(double x) {
+  const uint32_t sign = signbit(x) ? 0x8000u : 0u;
+  int exponent = x == 0.0 ? -24 : ilogb(x) - 10;
+  if (exponent < -24) exponent = -24;
+  // Whole steps of this exponent; 2048 of them are 1024 of the next.
+  const uint32_t steps = uint32_t(nearbyint(ldexp(fabs(x), -exponent)));
+  return sign | (uint32_t(exponent + 24) * 1024u + steps);
+}
+template <typename F>
+uint32_t half_pairs(uint32_t a, uint32_t b, uint32_t c, F f) {
+  const auto one = [&](int shift) {
+    return half_nearest(
+        f(half_number(a >> shift & 0xffffu), half_number(b >> shift & 0xffffu), half_number(c >> shift & 0xffffu)));
+  };
+  return one(0) | one(16) << 16;
+}
+inline uint32_t half_add(uint32_t a, uint32_t b) {
+  return half_pairs(a, b, 0, [](double x, double y, double) { return x + y; });
+}
+inline uint32_t half_mul(uint32_t a, uint32_t b) {
+  return half_pairs(a, b, 0, [](double x, double y, double) { return x * y; });
+}
+inline uint32_t half_fma(uint32_t a, uint32_t b, uint32_t c) {
+  return half_pairs(a, b, c, [](double x, double y, double z) { return x * y + z; });
+}
+#endif
 
 // Bit at which a unit's codes of class c stand in uniform mode. With 16-channel units classes c and c + 2 are the same
 // channels, so they must agree.
@@ -32,6 +73,7 @@ KAKEYA_HD constexpr uint32_t both(uint32_t h) {
   return h | h << 16;
 }
 
+#ifdef __CUDACC__
 // A lane's words of a unit in shared memory.
 template <int W>
 KAKEYA_D LaneWords lane_words(uint32_t unit, int lane) {
@@ -47,6 +89,7 @@ KAKEYA_D LaneWords lane_words(uint32_t unit, int lane) {
   if constexpr (W == 6) w.c = lds_u32(unit + 256 + 4 * lane);
   return w;
 }
+#endif
 
 // Code pair (M, C) at bit code_bit(W, C, NARROW) of both halves.
 template <int W, int M, int C, bool NARROW>
@@ -62,33 +105,36 @@ KAKEYA_D uint32_t code_field(const LaneWords &w) {
   if constexpr (NARROW && W == 3 && C == 3) return (M == 0 ? w.c << 3 : w.c) & mask << bit;
   if constexpr (NARROW && W == 5 && C == 3) {
     const uint32_t x = M ? w.b : w.a;
-    return (x >> 6 & 0x02000200u) | (M == 0 ? w.c << 5 : w.c << 1) & 0x01e001e0u;
+    return (x >> 6 & 0x02000200u) | ((M == 0 ? w.c << 5 : w.c << 1) & 0x01e001e0u);
   }
   if constexpr (NARROW && W == 5 && C == 2) return (M ? w.b : w.a) >> 10 & mask;
   return field<W, M, C>(w);
-}
-// Four int8 of a word to two half2 registers of whole numbers: bytes (0, 1) and (2, 3).
-KAKEYA_D void bytes_to_halves(uint32_t word, uint32_t &low, uint32_t &high) {
-  const uint32_t x = word ^ 0x80808080u;  // 128 + value
-  low = half_add(__byte_perm(x, 0x64646464u, 0x4140), both(half_constant(-1152, 0)));
-  high = half_add(__byte_perm(x, 0x64646464u, 0x4342), both(half_constant(-1152, 0)));
 }
 
 // `MASK` chooses from x, elsewhere from y. One LOP3: the compiler would take two, for it splits the mask and its
 // complement.
 template <uint32_t MASK>
 KAKEYA_D uint32_t choose(uint32_t x, uint32_t y) {
+#ifdef __CUDACC__
   uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(d) : "r"(x), "n"(MASK), "r"(y));  // x & mask | y & ~mask
+  asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(d) : "r"(x), "n"(MASK), "r"(y));
   return d;
+#else
+  return (x & MASK) | (y & ~MASK);
+#endif
 }
 // x & MASK | y, likewise.
 template <uint32_t MASK>
 KAKEYA_D uint32_t masked_or(uint32_t x, uint32_t y) {
+#ifdef __CUDACC__
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(x), "n"(MASK), "r"(y));
   return d;
+#else
+  return (x & MASK) | y;
+#endif
 }
+
 // Where a chain's path bits before a unit are: in the unit before, `back` bytes before the unit's own; `mask` is zero
 // where there is none, else all ones. Units' widths never rise along a chain (crates/codec/src/widths.rs), so only
 // units of width 1 come after units of width 1, whose path words are shorter: `one`.
@@ -110,6 +156,7 @@ struct UnitWords {
 // channel's scale (Attend::begin_segment).
 template <int Q, int W, bool NARROW>
 struct Dequant {
+#ifdef __CUDACC__
   // `unit`: shared address.
   static KAKEYA_D UnitWords load(uint32_t unit, const UnitPast &past, int lane) {
     UnitWords x;
@@ -134,6 +181,7 @@ struct Dequant {
     }
     return x;
   }
+#endif
 
   // `gamma`: half2 constant of the width's alphabet. `magic`: 0x64006400 in a register, of which the compiler knows
   // nothing; two constants would make two instructions of one.

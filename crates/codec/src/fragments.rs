@@ -49,7 +49,8 @@ pub fn alphabets(codec: &Codec) -> Vec<u32> {
     codec.grids.iter().enumerate().flat_map(|(width, grid)| alphabet(width, grid)).collect()
 }
 
-fn alphabet(width: usize, grid: &Grid) -> [u32; 2] {
+/// One width's; see [`alphabets`].
+pub fn alphabet(width: usize, grid: &Grid) -> [u32; 2] {
     let linear = grid.beta == 0.0;
     if width == 0 || (linear && width > 1) {
         return [0, 1.0f32.to_bits()]; // no codes, or evenly spaced ones, which are used as they are

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "dequant.cuh"
 #include "open.cuh"
 
 namespace kakeya {
@@ -61,6 +62,35 @@ void symbols_width(const uint8_t *unit, uint32_t *before, uint8_t *symbols) {
       symbols[n * kLanes + lane] = uint8_t(pair);
       symbols[(8 + n) * kLanes + lane] = uint8_t(pair >> 16);
     });
+  }
+}
+
+// What Dequant::load reads of a unit in shared memory.
+template <int Q, int W>
+UnitWords unit_words(const uint8_t *unit, uint32_t before, int lane) {
+  UnitWords x = {{0, 0, 0}, 0, before};
+  if constexpr (Q != kTrellis) {
+    x.w = load_lane<W>(unit, lane);
+  } else if constexpr (W == 1) {
+    x.path = load_u16(unit + 2 * lane);
+  } else {
+    x.path = load_u32(unit + 4 * lane);
+    if constexpr (W == 3) x.w.c = spread_bytes(load_u16(unit + unit_bytes(2) + 2 * lane)) * 0x0101u;
+    if constexpr (W > 3) x.w = load_lane<W - 2>(unit + unit_bytes(2), lane);
+  }
+  return x;
+}
+
+template <int Q, int W, bool NARROW>
+void dequantise_unit(const uint8_t *unit, const uint32_t *before, uint32_t gamma, float *points) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    uint32_t f[4][2];
+    Dequant<Q, W, NARROW>::run(f, unit_words<Q, W>(unit, before[lane], lane), ~0u, gamma, 0x64006400u);
+    for (int n = 0; n < kCodes; ++n) {
+      const int c = n % 4, m = n / 4 % 2;
+      const double x = half_number(f[c][m] >> 16 * (n / 8) & 0xffffu);
+      points[n * kLanes + lane] = float(Q == kUniform ? std::ldexp(x, 24 - code_bit(W, c, NARROW)) : x);
+    }
   }
 }
 
@@ -142,6 +172,21 @@ void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<
   require(symbols.size() == kCodes * kLanes && before.size() == kLanes, "trellis_symbols: sizes");
   require(unit.size() == size_t(unit_bytes(int(width))), "trellis_symbols: unit");
   with_width(width, [&]<int W>() { symbols_width<W>(unit.data(), before.data(), symbols.data()); });
+}
+
+void dequantise(uint32_t quantizer, size_t width, bool narrow, rust::Slice<const uint8_t> unit,
+                rust::Slice<const uint32_t> before, uint32_t gamma, rust::Slice<float> points) {
+  require(quantizer <= kTrellis, "dequantise: quantizer");
+  require(points.size() == kCodes * kLanes && before.size() == kLanes, "dequantise: sizes");
+  require(unit.size() == size_t(unit_bytes(int(width))), "dequantise: unit");
+  with_width(width, [&]<int W>() {
+    const auto with_quantizer = [&]<bool NARROW>() {
+      if (quantizer == kUniform) dequantise_unit<kUniform, W, NARROW>(unit.data(), before.data(), gamma, points.data());
+      if (quantizer == kCubic) dequantise_unit<kCubic, W, NARROW>(unit.data(), before.data(), gamma, points.data());
+      if (quantizer == kTrellis) dequantise_unit<kTrellis, W, NARROW>(unit.data(), before.data(), gamma, points.data());
+    };
+    narrow ? with_quantizer.template operator()<true>() : with_quantizer.template operator()<false>();
+  });
 }
 
 bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uint32_t block_index,

@@ -18,6 +18,12 @@ void pack_trellis(size_t width, rust::Slice<const uint8_t> path, rust::Slice<con
 void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<uint32_t> before,
                      rust::Slice<uint8_t> symbols);
 
+// A unit as the attention kernels' operands, f32 [16][32]. `quantizer`: 0 uniform, 1 cubic, 2 trellis. `narrow`: units
+// of 16 channels. `before` [32]: as trellis_symbols. `gamma`: twice as fp16. Uniform codes come times 2^(24 -
+// code_bit).
+void dequantise(uint32_t quantizer, size_t width, bool narrow, rust::Slice<const uint8_t> unit,
+                rust::Slice<const uint32_t> before, uint32_t gamma, rust::Slice<float> points);
+
 // Seals a block, the threads of each phase one after the other. False: a value was not finite.
 bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uint32_t block_index,
           rust::Slice<const float> k, rust::Slice<const float> v, rust::Slice<uint8_t> page);

@@ -14,6 +14,18 @@ mod ffi {
         /// Symbols `[16][32]` of a trellis unit; `before` `[32]` carries the chains from unit to unit: the last three path
         /// bits at bits 27, 29 and 31.
         fn trellis_symbols(width: usize, unit: &[u8], before: &mut [u32], symbols: &mut [u8]) -> Result<()>;
+        /// A unit as the attention kernels' operands, `[16][32]`. `quantizer`: 0 uniform, 1 cubic, 2 trellis; `narrow`: units of
+        /// 16 channels; `before` `[32]` as in `trellis_symbols`; `gamma`: twice as fp16. Uniform codes come as numbers of code
+        /// value, others in the scale of `kakeya_codec::fragments::alphabet`.
+        fn dequantise(
+            quantizer: u32,
+            width: usize,
+            narrow: bool,
+            unit: &[u8],
+            before: &[u32],
+            gamma: u32,
+            points: &mut [f32],
+        ) -> Result<()>;
         /// Seals a block from rows `[128][head_dim]` with the tables of `kakeya_codec::device::tables` (as words, for their
         /// alignment). `false`: a value was not finite, the page means nothing.
         fn seal(
@@ -37,4 +49,4 @@ mod ffi {
     }
 }
 
-pub use ffi::{open, pack, pack_trellis, seal, trellis_symbols, unpack};
+pub use ffi::{dequantise, open, pack, pack_trellis, seal, trellis_symbols, unpack};
