@@ -14,7 +14,7 @@
 //
 // A warp's unit has one width for as long as the head stays, so the loop over codes branches once a page and no list of
 // widths has to be known at compile time; what is paid once a warp and page (query registers, statistics, branches) is
-// paid for 128 tokens. Loops over codes are rolled: warps of different widths run different code at a time, and
+// paid for 128 tokens. Long loops over codes are rolled: warps of different widths run different code at a time, and
 // unrolled it does not fit into the instruction caches. Codes are never rotated or scaled: block scales ride in the
 // query and in the page's own accumulators.
 //
@@ -67,8 +67,6 @@ struct Attend {
   // caches, where warps of different widths meet.
   static constexpr int kUnroll = Q == kTrellis ? 1 : 4;
   static constexpr uint32_t kTileBytes = D * 8 * 2;
-  // Registers of the mean: from a row's high part to its low part, flip these bits of the address.
-  static constexpr uint32_t kLowFlip = R::kSplit ? 4 * kRegs * 4 : 0;
 
   const AttendParams &p;
   const Tables &t;
@@ -726,7 +724,7 @@ struct Attend {
 #pragma unroll
         for (int e = 0; e < kEach; ++e) words[e] = next[e];
         at += kEach * k_stride;
-        load(next);  // the last time in vain, of what lies behind: values' codes
+        load(next);  // the last time in vain, of what lies behind: the launcher knows that it is still the page's
         products(words, acc);
         hand_over(pair, acc, part, own);
       }

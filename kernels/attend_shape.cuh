@@ -23,9 +23,8 @@ struct AttendShape {
   static constexpr int kGroups = kBlock / kUnitTokens;  // token groups of a block
   static constexpr int kTiles = kUnitChannels / 16;     // 16-channel tiles of a unit
   static constexpr int kPairs = D / 2;
-  static constexpr int kPairSteps = kPairs / 16;  // products of 16 channel pairs that the mean takes, twice
-  static constexpr int kWarpTiles = 8 / kWarps;   // tiles of 16 tokens whose softmax a warp owns
-  static constexpr int kWarpTokens = 16 * kWarpTiles;
+  static constexpr int kPairSteps = kPairs / 16;          // products of 16 channel pairs that the mean takes, twice
+  static constexpr int kWarpTiles = 8 / kWarps;           // tiles of 16 tokens whose softmax a warp owns
   static constexpr int kPairThreads = kThreads / kPairs;  // threads that prepare a channel pair
   static constexpr int kStats = 4 / kPairThreads;         // statistics of a thread: of two K and two V channels a pair
 };
@@ -76,11 +75,6 @@ struct AttendShared {
 // Token of row r of a block's tile `tile` in the order of K's codes.
 KAKEYA_HD constexpr int tile_token(int tile, int row) {
   return tile & 1 ? 63 - 8 * (tile - 1) - row : 64 + 8 * tile + row;
-}
-// 16 * tile + row of a token: the inverse.
-KAKEYA_HD constexpr uint32_t token_place(uint32_t token) {
-  const uint32_t o = token & 64u ? token & 63u : ~token & 63u;  // steps from the centre outwards
-  return (o & 0x30u) << 1 | (token & 64u ? 0u : 16u) | (o & 15u);
 }
 
 }  // namespace kakeya

@@ -5,6 +5,7 @@ use std::mem::size_of;
 
 use ::kakeya_codec::Codec;
 use ::kakeya_codec::recipe::Quantizer;
+use ::kakeya_codec::unit::unit_bytes;
 
 use crate::driver::{Device, Kernel};
 use crate::error::{Outcome, refuse};
@@ -278,6 +279,28 @@ impl Kernels {
     }
 }
 
+/// The attention kernel reads one pair of tiles ahead, also behind keys' last codes: that must lie in the page still. It does
+/// wherever values have a tenth of the bits.
+fn check_read_ahead(codec: &Codec) -> Outcome {
+    let shape = codec.shape();
+    for layer in 0..shape.num_layers {
+        let layout = codec.page_layout(layer)?;
+        let pair = 32 / layout.unit.tokens;
+        for head in 0..shape.num_kv_heads {
+            let bits: usize = codec.tables(layer, head)?.k.widths.iter().map(|&w| usize::from(w)).sum();
+            let group = unit_bytes(bits);
+            if layout.codes_offset + (layout.unit.groups() + pair) * group > layout.page_bytes {
+                return refuse!(
+                    KAKEYA_ERR_UNSUPPORTED,
+                    "layer {layer}, head {head}: keys take {bits} of {} bits a group; the attention kernel wants some of them for values",
+                    layout.code_bits
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 impl Attend {
     fn new(device: &Device, codec: &Codec, limits: &Limits) -> Outcome<Self> {
         let shape = codec.shape();
@@ -295,6 +318,7 @@ impl Attend {
             Quantizer::Trellis => "trellis",
         };
         let name = format!("kakeya_attend_d{}_{quantizer}_r{}", shape.head_dim, kind.rows);
+        check_read_ahead(codec)?;
         let stage_bytes = codec.page_bytes();
         // As many blocks as the kernel was compiled for, else fewer; then as many stages as fit.
         let mut refusal = None;
