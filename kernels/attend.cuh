@@ -254,18 +254,14 @@ struct Attend {
 #if KAKEYA_BULK
     barrier_wait(shared + M::kBarriers + 8 * stage, parity);
 #else
-    // Groups complete in order; those after the next page's may still be under way.
-    if (stages > 2)
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-    else
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
+    // Groups complete in order; those after the next page's may still be under way. There are three stages at least.
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
 #endif
   }
 
   // ---- a segment's own values --------------------------------------------------------------------------------------
 
   KAKEYA_D float grid_alpha(int width) const { return __uint_as_float(t.at<uint32_t>(t.grids)[4 * width]); }
-  KAKEYA_D float grid_beta(int width) const { return __uint_as_float(t.at<uint32_t>(t.grids)[4 * width + 1]); }
 
   // A width's alphabet as factor * U (U^2 + gamma), U = 4 y, gamma twice as fp16.
   struct Alphabet {
@@ -587,7 +583,7 @@ struct Attend {
 
   // Where the first owner finds this warp's partial scores: part (warp - owner - 1) % kWarps (not yet taken modulo).
   KAKEYA_D uint32_t first_part() const { return uint32_t(warp - 1) * M::kPartBytes; }
-  // The scores of a pair of tiles as their owners want them, index_of(tile, m, n, c): both columns of a row added up.
+  // The scores of a pair of tiles as their owners want them, [tile][m][n][c]: both columns of a row added up.
   static KAKEYA_D void fold(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]) {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
@@ -802,8 +798,6 @@ struct Attend {
   }
 
   // ---- softmax -----------------------------------------------------------------------------------------------------
-
-  KAKEYA_D uint32_t index_of(int tile, int m, int n, int c) const { return ((tile * 2 + m) * NB + n) * NC + c; }
 
   // Adds the other units' partial scores to this warp's own.
   KAKEYA_D void gather(float (&s)[kScores]) const {

@@ -152,8 +152,8 @@ struct UnitWords {
 };
 
 // The codes of a lane's unit as half2 registers f[class][m]. Uniform: fp16 subnormals code * 2^(bit - 24). Others:
-// points U (U^2 + gamma), U = 4 y, gamma = 16 alpha / beta; the scale that is missing, beta / 64, is part of the
-// channel's scale (Attend::begin_segment).
+// points U (U^2 + gamma), U = 4 y; gamma and the factor that is missing, which becomes part of the channel's scale
+// (Attend::begin_segment), come from crates/codec/src/fragments.rs.
 template <int Q, int W, bool NARROW>
 struct Dequant {
 #ifdef __CUDACC__

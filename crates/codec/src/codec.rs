@@ -335,7 +335,8 @@ fn build_heads(
         .into_iter()
         .zip(chosen)
         .map(|(mut d, w)| {
-            debug_assert!([&w.k, &w.v].iter().all(|w| w.is_sorted_by(|a, b| a >= b)), "widths rise: {w:?}");
+            // Tables that broke this would be decoded wrongly by the GPU kernels, without a sign.
+            assert!([&w.k, &w.v].iter().all(|w| w.is_sorted_by(|a, b| a >= b)), "widths rise: {w:?}");
             d.tables.k.widths = w.k;
             d.tables.v.widths = w.v;
             d.tables
