@@ -7,6 +7,13 @@ namespace kakeya {
 
 enum Quantizer : int { kUniform = 0, kCubic = 1, kTrellis = 2 };
 
+// Factor of the table of in-block offsets, as crates/codec/src/fragments.rs makes it. Uniform scores come out 2^-20 too
+// small (Attend::kScoreUnit): 2^-13 keeps the table's values exact, the coefficients take the other 2^-7. Others come
+// out 32 times too large.
+KAKEYA_HD constexpr float table_scale(Quantizer quantizer) {
+  return quantizer == kUniform ? 1.0f / 8192.0f : 32.0f;
+}
+
 // Scores are in units of log2; a probability may exceed the shared maximum by this before all warps agree on a new one:
 // 2^8 and its sums stay far inside fp16.
 constexpr float kSlack = 8.0f;
@@ -61,7 +68,8 @@ struct AttendShared {
   static constexpr int kZero = kSlotUndo + S::kWarps * 16;  // 16 bytes: the odd columns of a split query
   static constexpr int kBarriers = kZero + 16;              // u64 [8]
   static constexpr int kFlag = kBarriers + 64;
-  static constexpr int kFetch = kFlag + 16;                        // AttendFetch
+  static constexpr int kHidden = kFlag + 4;  // rows, from the item's first on, that do not read its last page
+  static constexpr int kFetch = kFlag + 16;  // AttendFetch
   static constexpr int kStages = (kFetch + 64 + 127) / 128 * 128;  // pages
   static constexpr int kFixed = kStages + D;  // beside the pages; behind the last, what a clamped slot may reach
   // Open blocks come after a segment's pages: element [tile][unit][lane][..] over the query's and the mean's registers.

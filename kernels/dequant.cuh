@@ -4,49 +4,15 @@
 #pragma once
 
 #include "attend_shape.cuh"
+#include "half.cuh"
 
 #ifdef __CUDACC__
 #include "instructions.cuh"
 #else
-#include <math.h>
 #define KAKEYA_D inline
 #endif
 
 namespace kakeya {
-
-#ifndef __CUDACC__
-// The device's instructions on pairs of fp16, on the host: exact in double, rounded once to nearest even.
-inline double half_number(uint32_t h) {
-  const int exponent = int(h >> 10 & 31u), mantissa = int(h & 1023u);
-  const double x = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
-  return h & 0x8000u ? -x : x;
-}
-inline uint32_t half_nearest(double x) {
-  const uint32_t sign = signbit(x) ? 0x8000u : 0u;
-  int exponent = x == 0.0 ? -24 : ilogb(x) - 10;
-  if (exponent < -24) exponent = -24;
-  // Whole steps of this exponent; 2048 of them are 1024 of the next.
-  const uint32_t steps = uint32_t(nearbyint(ldexp(fabs(x), -exponent)));
-  return sign | (uint32_t(exponent + 24) * 1024u + steps);
-}
-template <typename F>
-uint32_t half_pairs(uint32_t a, uint32_t b, uint32_t c, F f) {
-  const auto one = [&](int shift) {
-    return half_nearest(
-        f(half_number(a >> shift & 0xffffu), half_number(b >> shift & 0xffffu), half_number(c >> shift & 0xffffu)));
-  };
-  return one(0) | one(16) << 16;
-}
-inline uint32_t half_add(uint32_t a, uint32_t b) {
-  return half_pairs(a, b, 0, [](double x, double y, double) { return x + y; });
-}
-inline uint32_t half_mul(uint32_t a, uint32_t b) {
-  return half_pairs(a, b, 0, [](double x, double y, double) { return x * y; });
-}
-inline uint32_t half_fma(uint32_t a, uint32_t b, uint32_t c) {
-  return half_pairs(a, b, c, [](double x, double y, double z) { return x * y + z; });
-}
-#endif
 
 // Bit at which a unit's codes of class c stand in uniform mode. With 16-channel units classes c and c + 2 are the same
 // channels, so they must agree.
@@ -58,19 +24,6 @@ KAKEYA_HD constexpr int code_bit(int width, int c, bool narrow) {
   if (width == 4) return 4 * (c % 2);
   if (width == 5) return c == 1 ? 5 : 0;
   return 0;
-}
-
-// fp16 bits of m * 2^e, exact for what is asked here: m below 2^11, the result normal.
-KAKEYA_HD constexpr uint32_t half_constant(int m, int e) {
-  if (m == 0) return 0;
-  const bool negative = m < 0;
-  if (negative) m = -m;
-  while (m >= 2048) m /= 2, ++e;
-  while (m < 1024) m *= 2, --e;
-  return uint32_t(negative ? 0x8000 : 0) | uint32_t(e + 25) << 10 | uint32_t(m - 1024);
-}
-KAKEYA_HD constexpr uint32_t both(uint32_t h) {
-  return h | h << 16;
 }
 
 #ifdef __CUDACC__
@@ -109,30 +62,6 @@ KAKEYA_D uint32_t code_field(const LaneWords &w) {
   }
   if constexpr (NARROW && W == 5 && C == 2) return (M ? w.b : w.a) >> 10 & mask;
   return field<W, M, C>(w);
-}
-
-// `MASK` chooses from x, elsewhere from y. One LOP3: the compiler would take two, for it splits the mask and its
-// complement.
-template <uint32_t MASK>
-KAKEYA_D uint32_t choose(uint32_t x, uint32_t y) {
-#ifdef __CUDACC__
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(d) : "r"(x), "n"(MASK), "r"(y));
-  return d;
-#else
-  return (x & MASK) | (y & ~MASK);
-#endif
-}
-// x & MASK | y, likewise.
-template <uint32_t MASK>
-KAKEYA_D uint32_t masked_or(uint32_t x, uint32_t y) {
-#ifdef __CUDACC__
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(x), "n"(MASK), "r"(y));
-  return d;
-#else
-  return (x & MASK) | y;
-#endif
 }
 
 // Where a chain's path bits before a unit are: in the unit before, `back` bytes before the unit's own; `mask` is zero
@@ -219,9 +148,7 @@ struct Dequant {
       one_bit<3, 1>(f, z, gamma, magic);
     } else {
       const uint32_t p = x.path;
-      // As trellis_pairs.
-      const uint32_t z1 = p ^ funnel_left(past, p, 2) ^ funnel_left(past, p, 6);
-      const uint32_t z = choose<0xaaaaaaaau>(z1, funnel_left(past, p, 3));
+      const uint32_t z = trellis_pairs(p, past);
       if constexpr (W <= 4) {
         // Symbols of even and of odd codes, four bits apart; the fifth bit of width 4 stays where it is.
         uint32_t even, odd;

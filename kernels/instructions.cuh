@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <stdint.h>
 
 namespace kakeya {
@@ -56,6 +55,34 @@ KAKEYA_D void sts_f32x2(uint32_t a, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(a), "f"(x), "f"(y) : "memory");
 }
 
+// N floats of a lane: 2, or a multiple of 4 at a multiple of 16 bytes.
+template <int N>
+KAKEYA_D void store_floats(uint32_t a, const float *x) {
+  if constexpr (N == 2) {
+    sts_f32x2(a, x[0], x[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(a + 4 * i), "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]),
+                   "f"(x[i + 3])
+                   : "memory");
+  }
+}
+template <int N>
+KAKEYA_D void add_floats(uint32_t a, float *x) {
+  if constexpr (N == 2) {
+    const uint2 v = lds_u64(a);
+    x[0] += __uint_as_float(v.x), x[1] += __uint_as_float(v.y);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const uint4 v = lds_u128(a + 4 * i);
+      x[i] += __uint_as_float(v.x), x[i + 1] += __uint_as_float(v.y);
+      x[i + 2] += __uint_as_float(v.z), x[i + 3] += __uint_as_float(v.w);
+    }
+  }
+}
+
 KAKEYA_D void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -85,34 +112,9 @@ KAKEYA_D float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-KAKEYA_D uint32_t pack_half(float lo, float hi) {
-  const __half2 h = __floats2half2_rn(lo, hi);
-  return *reinterpret_cast<const uint32_t *>(&h);
-}
 KAKEYA_D uint32_t pack_bf16(float lo, float hi) {
   const __nv_bfloat162 h = __floats2bfloat162_rn(lo, hi);
   return *reinterpret_cast<const uint32_t *>(&h);
-}
-KAKEYA_D float half_low(uint32_t x) {
-  return __half2float(__ushort_as_half(uint16_t(x)));
-}
-KAKEYA_D float half_high(uint32_t x) {
-  return __half2float(__ushort_as_half(uint16_t(x >> 16)));
-}
-KAKEYA_D uint32_t half_add(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-KAKEYA_D uint32_t half_mul(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-KAKEYA_D uint32_t half_fma(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
 }
 KAKEYA_D float clamp_half(float x) {
   return fminf(fmaxf(x, -kHalfMax), kHalfMax);

@@ -18,8 +18,8 @@ struct SealTask {
 
 // What kakeya_plan writes, int32: [0] number of seal tasks, [1] work units of attention in all (per KV head), [2..3]
 // zero, [4 ..] seal tasks (four int32 each, room for max_tasks), then cumulative work units [max_seqs + 1].
-// A sequence's work units are its sealed blocks before this step, then its open ones; 0 where it has no token in this
-// step or more than max_query of them (such a sequence is prefill: another kernel's business).
+// A sequence's work units are the blocks that its tokens of this step read (SequenceBlocks); 0 where it has no token in
+// this step or more than max_query of them (such a sequence is prefill: another kernel's business).
 struct PlanParams {
   const int32_t *query_start;  // [num_seqs + 1]
   const int32_t *seq_lens;     // [num_seqs], this step's tokens included
@@ -71,8 +71,20 @@ struct OpenParams {
   int32_t num_blocks, layer, first_head, num_kv_heads, element, reserved;
 };
 
-// Attention of up to max_query tokens a sequence over sealed pages and open blocks, after kakeya_append of the same
-// step. Blocks sealed in this very step are still read from their open blocks.
+// The blocks that the last `tokens` tokens of a sequence of `length` read, each once for all of them. A token reads the
+// blocks before its own from their pages and its own block as it stands, whatever other tokens come in the same step.
+struct SequenceBlocks {
+  int pages;       // blocks [0, pages)
+  int first_open;  // then open blocks from this one on. Where tokens reach over the end of a block, it is both: a page
+                   // to those behind it, sealed in this very step
+  int units;  // pages and open blocks
+};
+KAKEYA_HD SequenceBlocks sequence_blocks(int tokens, int length) {
+  const int last = (length - 1) / kBlock, first = (length - tokens) / kBlock;
+  return {last, first, last + (last - first + 1)};
+}
+
+// Attention of up to max_query tokens a sequence over sealed pages and open blocks, after kakeya_seal of the same step.
 struct AttendParams {
   const Tables *tables;
   const uint8_t *pages;
@@ -91,9 +103,10 @@ struct AttendParams {
   float *workspace;
   int32_t *counters;
   int32_t num_seqs, max_tasks, num_kv_heads, group;  // group: query heads of a KV head
-  int32_t layer, first_head, element, reserved;
-  float scale;  // of the scores, such as 1 / sqrt(head_dim)
-  int32_t reserved2;
+  int32_t layer, first_head, element;
+  int32_t batch_invariant;  // whether no item may be divided: a row's result is then the same in every step
+  float scale;              // of the scores, such as 1 / sqrt(head_dim)
+  int32_t reserved;
 };
 
 }  // namespace kakeya

@@ -9,10 +9,7 @@
 // -ffp-contract=off (host).
 #pragma once
 
-#ifdef __CUDACC__
-#include <cuda_fp16.h>
-#endif
-
+#include "half.cuh"
 #include "tables.cuh"
 
 namespace kakeya {
@@ -28,56 +25,6 @@ enum SealStatus : uint32_t {
   // A block that began before this step has no open block: its page was not written.
   kSealNoOpenBlock = 2
 };
-
-KAKEYA_HD uint32_t float_bits(float x) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(x);
-#else
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  return u;
-#endif
-}
-
-KAKEYA_HD float bits_float(uint32_t u) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(u);
-#else
-  float x;
-  memcpy(&x, &u, 4);
-  return x;
-#endif
-}
-
-// f32 -> f16 bits, round to nearest even, overflow to infinity.
-KAKEYA_HD uint16_t half_bits(float x) {
-#ifdef __CUDA_ARCH__
-  return __half_as_ushort(__float2half_rn(x));
-#else
-  const uint32_t u = float_bits(x), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
-  if (a >= 0x47800000u) return uint16_t(sign | (a > 0x7f800000u ? 0x7e00u : 0x7c00u));  // 2^16 and above, NaN
-  if (a < 0x38800000u) {  // subnormal halves: multiples of 2^-24
-    if (a < 0x33000000u) return uint16_t(sign);
-    const uint32_t shift = 126u - (a >> 23), m = (a & 0x7fffffu) | 0x800000u;
-    const uint32_t q = m >> shift, rest = m & ((1u << shift) - 1u), half = 1u << (shift - 1u);
-    return uint16_t(sign | (q + (rest > half || (rest == half && (q & 1u)))));
-  }
-  const uint32_t r = a - 0x38000000u;
-  return uint16_t(sign | ((r + 0xfffu + (r >> 13 & 1u)) >> 13));
-#endif
-}
-
-KAKEYA_HD float half_value(uint16_t h) {
-#ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(h));
-#else
-  const uint32_t sign = uint32_t(h & 0x8000u) << 16, e = h >> 10 & 31u, m = h & 1023u;
-  if (e == 31u) return bits_float(sign | 0x7f800000u | m << 13);
-  // Subnormals are m * 2^-24, exact in f32.
-  if (e == 0u) return bits_float(sign | float_bits(float(m) * 5.9604644775390625e-8f));
-  return bits_float(sign | (e + 112u) << 23 | m << 13);
-#endif
-}
 
 KAKEYA_HD float round_even(float x) {
 #ifdef __CUDA_ARCH__

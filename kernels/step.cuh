@@ -20,8 +20,7 @@ KAKEYA_HD SequenceWork sequence_work(int tokens, int length, int max_query) {
   if (tokens <= 0) return w;
   w.first_block = w.history / kBlock;
   w.tasks = length / kBlock - w.first_block;
-  // Sealed pages before this step, then open blocks, those that this step completes among them.
-  if (tokens <= max_query) w.units = (length + kBlock - 1) / kBlock;
+  if (tokens <= max_query) w.units = sequence_blocks(tokens, length).units;
   return w;
 }
 

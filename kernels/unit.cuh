@@ -60,6 +60,30 @@ KAKEYA_HD uint32_t gather_bytes(uint32_t x) {
 #endif
 }
 
+// `MASK` chooses from x, elsewhere from y. One LOP3: the compiler would take two, for it splits the mask and its
+// complement.
+template <uint32_t MASK>
+KAKEYA_HD uint32_t choose(uint32_t x, uint32_t y) {
+#ifdef __CUDA_ARCH__
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(d) : "r"(x), "n"(MASK), "r"(y));
+  return d;
+#else
+  return (x & MASK) | (y & ~MASK);
+#endif
+}
+// x & MASK | y, likewise.
+template <uint32_t MASK>
+KAKEYA_HD uint32_t masked_or(uint32_t x, uint32_t y) {
+#ifdef __CUDA_ARCH__
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(x), "n"(MASK), "r"(y));
+  return d;
+#else
+  return (x & MASK) | y;
+#endif
+}
+
 KAKEYA_HD uint32_t load_u32(const uint8_t *p) {
 #ifdef __CUDA_ARCH__
   return *reinterpret_cast<const uint32_t *>(p);
@@ -289,8 +313,7 @@ KAKEYA_HD uint32_t funnel_left(uint32_t low, uint32_t high, int s) {
 // of code k of both halves is `x >> 2k & 0x00030003`.
 KAKEYA_HD uint32_t trellis_pairs(uint32_t word, uint32_t before) {
   const uint32_t z1 = word ^ funnel_left(before, word, 2) ^ funnel_left(before, word, 6);
-  const uint32_t z0 = funnel_left(before, word, 3);
-  return (z1 & 0xaaaaaaaau) | (z0 & 0x55555555u);
+  return choose<0xaaaaaaaau>(z1, funnel_left(before, word, 3));
 }
 
 // Such a word of a unit of width 1, whose 16 path bits lie one beside the other: bit n to bit 2n + 1.

@@ -3,7 +3,9 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 CACHE=$ROOT/.cache
-PY=$VENV/bin/python
+# Another environment, with vLLM, the plugin and pytest in it, may serve instead of .venv: set-up then installs nothing. For
+# machines with a GPU and without a network or compilers (scripts/test_gpu.sh build makes what they need elsewhere).
+PY=${KAKEYA_PYTHON:-$VENV/bin/python}
 
 # Where the demo and the tests keep calibration artefacts: inside the checkout, so that a clone changes nothing outside it.
 export KAKEYA_CACHE=${KAKEYA_CACHE:-$CACHE/kakeya}

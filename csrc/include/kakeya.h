@@ -557,6 +557,10 @@ typedef struct {
   uint32_t max_query;
   // KV heads of this rank.
   uint32_t num_kv_heads;
+  // 1: what kakeya_cuda_attend computes for a token depends on no other sequence of the step and not on
+  // how many tokens of its own sequence it comes with, bit for bit. No sequence is divided then, so
+  // few long ones are slow. 0 otherwise.
+  uint32_t batch_invariant;
 } kakeya_cuda_limits;
 
 // Buffers in the device's memory that the caller allocates once.
@@ -798,13 +802,14 @@ kakeya_status kakeya_cuda_append(const kakeya_cuda *cuda, const kakeya_cuda_writ
 // Errors: as kakeya_cuda_append.
 kakeya_status kakeya_cuda_seal(const kakeya_cuda *cuda, const kakeya_cuda_write_args *args);
 
-// Attention of the sequences with up to max_query tokens in this step, after kakeya_cuda_append. A
-// query token sees every token of its sequence up to itself; blocks that this step filled are read
-// raw.
+// Attention of the sequences with up to max_query tokens in this step, after kakeya_cuda_seal. A query
+// token sees every token of its sequence up to itself: blocks before its own from their pages, also
+// those that this step filled, its own block raw.
 //
 // Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, counts, scale, strides), ALIASED,
 // CUDA.
-kakeya_status kakeya_cuda_attend(const kakeya_cuda *cuda, const kakeya_cuda_attend_args *args);
+kakeya_status kakeya_cuda_attend(const kakeya_cuda *cuda,
+                                 const kakeya_cuda_attend_args *args);
 
 // Opens pages into dense rows, for prefill that continues a sequence, and for debugging.
 //

@@ -71,7 +71,7 @@ static void test_struct_sizes(void) {
   CHECK(offsetof(kakeya_write_args, open_slot) == 128, "%zu", offsetof(kakeya_write_args, open_slot));
   CHECK(sizeof(kakeya_attend_args) == 232, "%zu", sizeof(kakeya_attend_args));
   CHECK(offsetof(kakeya_attend_args, lse) == 224, "%zu", offsetof(kakeya_attend_args, lse));
-  CHECK(sizeof(kakeya_cuda_limits) == 24, "%zu", sizeof(kakeya_cuda_limits));
+  CHECK(sizeof(kakeya_cuda_limits) == 28, "%zu", sizeof(kakeya_cuda_limits));
   CHECK(sizeof(kakeya_cuda_buffers) == 32, "%zu", sizeof(kakeya_cuda_buffers));
   CHECK(sizeof(kakeya_cuda_plan_args) == 72, "%zu", sizeof(kakeya_cuda_plan_args));
   CHECK(sizeof(kakeya_cuda_write_args) == 152, "%zu", sizeof(kakeya_cuda_write_args));
@@ -247,6 +247,8 @@ static void test_cuda_refusals(void) {
   CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_OUT_OF_RANGE, "max_tokens is 3; valid: 4..=");
   bad = good, bad.max_query = 9;
   CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_OUT_OF_RANGE, "max_query is 9; valid: 1..=8");
+  bad = good, bad.batch_invariant = 2;
+  CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_OUT_OF_RANGE, "batch_invariant is 2; valid: 0..=1");
   bad = good, bad.num_kv_heads = KV_HEADS + 1;
   CHECK_REFUSED(kakeya_cuda_new(codec, &bad, &cuda), KAKEYA_ERR_OUT_OF_RANGE, "num_kv_heads is 3");
   bad = good, bad.device = 1000;

@@ -140,9 +140,10 @@ static int stages_of(const Kernel &k, int stage_bytes) {
 struct Launch {
   Kernel k;
   int stages, shared, blocks, chunks;
-  Launch(const File &f, int rows) {
+  // `kernel_rows`: rows a pass of the kernel to take, at least; `rows`: of a sequence, at most.
+  Launch(const File &f, int kernel_rows, int rows) {
     const int d = int(f.t.head_dim), stage_bytes = int(f.t.page_bytes);
-    k = kernel_of(d, f.quantizer(), rows);
+    k = kernel_of(d, f.quantizer(), kernel_rows);
     // As the library does: as many blocks as the kernel was compiled for, else fewer.
     for (stages = stages_of(k, stage_bytes); stages < 3 && k.blocks_per_sm > 1; stages = stages_of(k, stage_bytes))
       --k.blocks_per_sm;
@@ -190,7 +191,7 @@ struct Sequence {
 };
 
 // Relative L2 error of one batch; -1 if something was written that should not be.
-static double check(const File &f, const std::vector<Sequence> &seqs, int group, uint64_t seed) {
+static double check(const File &f, const std::vector<Sequence> &seqs, int group, uint64_t seed, bool invariant) {
   const int d = int(f.t.head_dim), heads = int(f.heads);
   std::mt19937_64 random(seed);
   std::normal_distribution<float> normal;
@@ -202,15 +203,15 @@ static double check(const File &f, const std::vector<Sequence> &seqs, int group,
     lens.push_back(s.len);
     most = std::max(most, s.tokens);
     longest = std::max(longest, s.len);
-    const int history = s.len - s.tokens, pages = history / kBlock;
-    cumulative.push_back(cumulative.back() + (s.tokens ? (s.len + kBlock - 1) / kBlock : 0));
-    (void)pages;
+    cumulative.push_back(cumulative.back() + (s.tokens ? sequence_blocks(s.tokens, s.len).units : 0));
   }
   const int tokens = start.back(), stride = (longest + kBlock - 1) / kBlock + 1;
-  // Physical blocks: the file's, then one for each open block, all in another order.
+  // Physical blocks: the file's, then one for each open block, all in another order. Where a step's tokens reach over
+  // the end of a block, it is open and a page as well: a copy of one of the file's.
   std::vector<int> table(size_t(n) * stride, -1), place(f.blocks);
   int num_open = 0;
-  for (const Sequence &s : seqs) num_open += s.tokens ? (s.len + kBlock - 1) / kBlock - (s.len - s.tokens) / kBlock : 0;
+  for (const Sequence &s : seqs)
+    if (s.tokens) num_open += sequence_blocks(s.tokens, s.len).units - sequence_blocks(s.tokens, s.len).pages;
   const int total_blocks = int(f.blocks) + num_open;
   std::vector<int> shuffled(total_blocks), open_slot(total_blocks, -1);
   for (int i = 0; i < total_blocks; ++i) shuffled[i] = i;
@@ -218,18 +219,19 @@ static double check(const File &f, const std::vector<Sequence> &seqs, int group,
   int open = 0;
   for (int s = 0; s < n; ++s) {
     if (!seqs[s].tokens) continue;
-    const int pages = (seqs[s].len - seqs[s].tokens) / kBlock, all = (seqs[s].len + kBlock - 1) / kBlock;
+    const int first_open = sequence_blocks(seqs[s].tokens, seqs[s].len).first_open,
+              all = (seqs[s].len - 1) / kBlock + 1;
     for (int b = 0; b < all; ++b) {
-      const int which = b < pages ? int(random() % f.blocks) : int(f.blocks) + open;
+      const int which = b < first_open ? int(random() % f.blocks) : int(f.blocks) + open;
       table[size_t(s) * stride + b] = shuffled[which];
-      if (b >= pages) open_slot[shuffled[which]] = num_open - 1 - open++;
+      if (b >= first_open) open_slot[shuffled[which]] = num_open - 1 - open++;
     }
   }
-  std::vector<int> source(total_blocks);  // physical -> file's block or open block
-  for (int i = 0; i < total_blocks; ++i) source[shuffled[i]] = i;
+  std::vector<int> source(total_blocks);  // physical -> the file's block that its page is
+  for (int i = 0; i < total_blocks; ++i) source[shuffled[i]] = i < int(f.blocks) ? i : int(random() % f.blocks);
   std::vector<uint8_t> pages(size_t(total_blocks) * heads * f.t.page_bytes, 0xa5);
-  for (size_t b = 0; b < f.blocks; ++b)
-    memcpy(&pages[size_t(shuffled[b]) * heads * f.t.page_bytes], &f.pages[b * heads * f.t.page_bytes],
+  for (int b = 0; b < total_blocks; ++b)
+    memcpy(&pages[size_t(b) * heads * f.t.page_bytes], &f.pages[size_t(source[b]) * heads * f.t.page_bytes],
            heads * f.t.page_bytes);
   std::vector<uint16_t> pool(size_t(num_open) * 2 * heads * kBlock * d), q(size_t(tokens) * heads * group * d);
   for (auto &x : pool) x = to_bf16(normal(random));
@@ -243,7 +245,7 @@ static double check(const File &f, const std::vector<Sequence> &seqs, int group,
           for (int c = 0; c < d; ++c) pool[((size_t(slot) * 2 * heads + i) * kBlock + j) * d + c] = 0x7fc0;
     }
 
-  const Launch launch(f, most * group);
+  const Launch launch(f, invariant ? 16 : most * group, most * group);
   std::vector<int> plan(plan_size(n, 0), 0);
   plan[1] = cumulative.back();
   std::copy(cumulative.begin(), cumulative.end(), plan.begin() + plan_cumulative(0));
@@ -265,6 +267,7 @@ static double check(const File &f, const std::vector<Sequence> &seqs, int group,
   p.workspace = d_work.p, p.counters = d_count.p;
   p.num_seqs = n, p.max_tasks = 0, p.num_kv_heads = heads, p.group = group, p.layer = int(f.layer), p.first_head = 0;
   p.element = kBf16;
+  p.batch_invariant = invariant;
   p.scale = float(1.0 / std::sqrt(double(d)));
   launch.run(p, 0);
   launch.run(p, 0);  // counters are zero again after each launch
@@ -278,56 +281,59 @@ static double check(const File &f, const std::vector<Sequence> &seqs, int group,
   parallel(size_t(n) * heads, [&](size_t item) {
     const int s = int(item) / heads, h = int(item) % heads, len = seqs[s].len, history = len - seqs[s].tokens;
     if (!seqs[s].tokens) return;
-    std::vector<double> k(size_t(len) * d), v(size_t(len) * d);
-    for (int j = 0; j < len; ++j) {
-      const int physical = table[size_t(s) * stride + j / kBlock], from = source[physical];
-      for (int c = 0; c < d; ++c) {
-        if (j / kBlock < history / kBlock) {
-          const float *r = &f.rows[((size_t(from) * heads + h) * 2 * kBlock + j % kBlock) * d];
-          k[size_t(j) * d + c] = r[c];
-          v[size_t(j) * d + c] = r[size_t(kBlock) * d + c];
-        } else {
-          const size_t at = ((size_t(open_slot[physical]) * 2 * heads + h) * kBlock + j % kBlock) * d + c;
-          k[size_t(j) * d + c] = from_bf16(pool[at]);
-          v[size_t(j) * d + c] = from_bf16(pool[at + size_t(heads) * kBlock * d]);
+    // A token reads the blocks before its own from their pages, its own block raw.
+    for (int own = history / kBlock; own <= (len - 1) / kBlock; ++own) {
+      const int from_token = std::max(history, own * kBlock), end_token = std::min(len, (own + 1) * kBlock);
+      std::vector<double> k(size_t(end_token) * d), v(size_t(end_token) * d);
+      for (int j = 0; j < end_token; ++j) {
+        const int physical = table[size_t(s) * stride + j / kBlock], from = source[physical];
+        for (int c = 0; c < d; ++c) {
+          if (j / kBlock < own) {
+            const float *r = &f.rows[((size_t(from) * heads + h) * 2 * kBlock + j % kBlock) * d];
+            k[size_t(j) * d + c] = r[c];
+            v[size_t(j) * d + c] = r[size_t(kBlock) * d + c];
+          } else {
+            const size_t at = ((size_t(open_slot[physical]) * 2 * heads + h) * kBlock + j % kBlock) * d + c;
+            k[size_t(j) * d + c] = from_bf16(pool[at]);
+            v[size_t(j) * d + c] = from_bf16(pool[at + size_t(heads) * kBlock * d]);
+          }
         }
+        // The page was sealed at another block of its sequence: turn its keys on to where they stand now.
+        if (j / kBlock < own)
+          for (int i = 0; i < per; ++i) {
+            const double a = double(j / kBlock - from) * kBlock * f.freq[i], c = std::cos(a), sn = std::sin(a);
+            double &x = k[size_t(j) * d + i], &y = k[size_t(j) * d + i + per];
+            const double x0 = x, y0 = y;
+            x = x0 * c - y0 * sn, y = y0 * c + x0 * sn;
+          }
       }
-      // The page was sealed at another block of its sequence: turn its keys on to where they stand now.
-      if (j / kBlock < history / kBlock)
-        for (int i = 0; i < per; ++i) {
-          const double a = double(j / kBlock - from) * kBlock * f.freq[i], c = std::cos(a), sn = std::sin(a);
-          double &x = k[size_t(j) * d + i], &y = k[size_t(j) * d + i + per];
-          const double x0 = x, y0 = y;
-          x = x0 * c - y0 * sn, y = y0 * c + x0 * sn;
+      std::vector<double> w(end_token), o(d);
+      for (int token = from_token; token < end_token; ++token)
+        for (int g = 0; g < group; ++g) {
+          const size_t at = (size_t(start[s] + token - history) * heads * group + size_t(h) * group + g) * d;
+          double top = -1e300, total = 0;
+          for (int j = 0; j <= token; ++j) {
+            double x = 0;
+            for (int c = 0; c < d; ++c) x += double(from_bf16(q[at + c])) * k[size_t(j) * d + c];
+            w[j] = x / std::sqrt(double(d));
+            top = std::max(top, w[j]);
+          }
+          std::fill(o.begin(), o.end(), 0.0);
+          for (int j = 0; j <= token; ++j) {
+            const double e = std::exp(w[j] - top);
+            total += e;
+            for (int c = 0; c < d; ++c) o[c] += e * v[size_t(j) * d + c];
+          }
+          for (int c = 0; c < d; ++c) {
+            const double want = o[c] / total, got = from_bf16(out[at + c]);
+            // The output's own rounding to bf16 is not the kernel's error: count what is beyond half a step.
+            const double step = std::ldexp(1.0, std::ilogb(std::max(std::fabs(want), 1e-30)) - 8);
+            const double e = std::max(0.0, std::fabs(got - want) - step);
+            error[item] += std::isfinite(got) ? e * e : 1e300;
+            norm[item] += want * want;
+          }
         }
     }
-    std::vector<double> w(len), o(d);
-    for (int i = 0; i < seqs[s].tokens; ++i)
-      for (int g = 0; g < group; ++g) {
-        const size_t at = (size_t(start[s] + i) * heads * group + size_t(h) * group + g) * d;
-        double top = -1e300, total = 0;
-        const int seen = history + i + 1;
-        for (int j = 0; j < seen; ++j) {
-          double x = 0;
-          for (int c = 0; c < d; ++c) x += double(from_bf16(q[at + c])) * k[size_t(j) * d + c];
-          w[j] = x / std::sqrt(double(d));
-          top = std::max(top, w[j]);
-        }
-        std::fill(o.begin(), o.end(), 0.0);
-        for (int j = 0; j < seen; ++j) {
-          const double e = std::exp(w[j] - top);
-          total += e;
-          for (int c = 0; c < d; ++c) o[c] += e * v[size_t(j) * d + c];
-        }
-        for (int c = 0; c < d; ++c) {
-          const double want = o[c] / total, got = from_bf16(out[at + c]);
-          // The output's own rounding to bf16 is not the kernel's error: count what is beyond half a step.
-          const double step = std::ldexp(1.0, std::ilogb(std::max(std::fabs(want), 1e-30)) - 8);
-          const double e = std::max(0.0, std::fabs(got - want) - step);
-          error[item] += std::isfinite(got) ? e * e : 1e300;
-          norm[item] += want * want;
-        }
-      }
   });
   double e = 0, m = 0;
   for (size_t i = 0; i < error.size(); ++i) e += error[i], m += norm[i];
@@ -344,9 +350,10 @@ static int check_all(const std::vector<File> &files, bool small) {
         std::vector<Sequence> s;
         for (int len : {1, 2, 127, 128, 129, 255, 256, 257, 300, 1000, 2047, 4096, 4097})
           if (!small || len < 400) s.push_back({std::max(len, tokens), tokens});
-        s.insert(s.begin() + 3, Sequence{0, 0});               // padding
-        s.push_back({700 + tokens, std::max(1, tokens - 1)});  // mixed numbers of tokens
-        const double e = check(f, s, group, 1000 * group + tokens);
+        s.insert(s.begin() + 3, Sequence{0, 0});                                         // padding
+        s.push_back({700 + tokens, std::max(1, tokens - 1)});                            // mixed numbers of tokens
+        for (int over = 1; over < tokens; over += 3) s.push_back({384 + over, tokens});  // over the end of a block
+        const double e = check(f, s, group, 1000 * group + tokens, group == 3);
         worst = std::max(worst, e);
         const bool ok = e >= 0 && e < 2e-3;
         bad += !ok;
@@ -355,7 +362,7 @@ static int check_all(const std::vector<File> &files, bool small) {
       }
     if (!small)
       for (int len : {16384, 131072}) {
-        const double e = check(f, {{len, 1}, {40, 1}, {5000, 1}}, 4, len);
+        const double e = check(f, {{len, 1}, {40, 1}, {5000, 1}}, 4, len, false);
         worst = std::max(worst, e);
         const bool ok = e >= 0 && e < 2e-3;
         bad += !ok;
@@ -417,7 +424,7 @@ static void bench(const File &f, int batch, int context, int group, double copy)
   std::vector<uint16_t> q(size_t(batch) * heads * group * d), pool(size_t(batch) * 2 * heads * kBlock * d);
   for (auto &x : q) x = to_bf16(normal(random));
   for (auto &x : pool) x = to_bf16(normal(random));
-  const Launch launch(f, group);
+  const Launch launch(f, group, group);
   Device<uint16_t> d_q(q), d_pool(pool), d_out(q.size());
   Device<int> d_table(table), d_slot(slot), d_start(start), d_lens(lens), d_plan(plan);
   Device<float> work(launch.workspace(d, batch * heads), 0);

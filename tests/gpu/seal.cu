@@ -4,6 +4,7 @@
 //   cargo run --release -p kakeya-bridge --example seal_vectors -- DIR
 //   nvcc -O3 -std=c++17 -fmad=false -arch=sm_90 -o seal_gpu tests/gpu/seal.cu && ./seal_gpu DIR/*.bin
 #include <algorithm>
+#include <set>
 
 #include "vectors.cuh"
 
@@ -237,7 +238,13 @@ static void plans() {
       }
       int units = 0;
       if (n > 0 && n <= max_query) {
-        for (int b = 0; b * kBlock < from + n; ++b) ++units;
+        // Every token reads the blocks before its own as pages and its own as it stands: one unit each, for all tokens.
+        std::set<int> pages, open;
+        for (int t = from; t < from + n; ++t) {
+          for (int b = 0; b < t / kBlock; ++b) pages.insert(b);
+          open.insert(t / kBlock);
+        }
+        units = int(pages.size() + open.size());
       }
       want_units.push_back(want_units.back() + units);
       starts.push_back(first + n);

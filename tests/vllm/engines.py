@@ -7,6 +7,7 @@ worker. For what needs processes of its own, :func:`run_elsewhere` runs this fil
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -28,8 +29,25 @@ ENVIRONMENT = {
 }
 
 
+# Where results are compared bit for bit on a GPU: products that do not depend on the batch.
+INVARIANT = {"VLLM_BATCH_INVARIANT": "1"}
+
 _closed: list[Any] = []
 KV_BYTES = 2**28  # KV cache of an engine: enough for every test, small enough to keep several
+
+
+@functools.cache
+def on_gpu() -> bool:
+    """Whether vLLM runs on an NVIDIA GPU here."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda()
+
+
+def exact_dtype() -> str:
+    """The type in which the model's products do not depend on how requests are batched: float32 on
+    the CPU; on a GPU any, under INVARIANT."""
+    return "bfloat16" if on_gpu() else "float32"
 
 
 @dataclass
@@ -56,6 +74,9 @@ class Engine:
             "kv_cache_memory_bytes": KV_BYTES,
             "attention_backend": "KAKEYA",
         }
+        if on_gpu():
+            # Of the GPU's memory, beside what engines hold that are closed.
+            defaults["gpu_memory_utilization"] = 0.1
         options = defaults | options
         if options["attention_backend"] is None:
             del options["attention_backend"]
@@ -241,13 +262,14 @@ def make_tiny_model(directory: Path, *, kv_heads: int = 2, **overrides: Any) -> 
 def read_pages(worker: Any, layer: int) -> list[list[str]]:
     """Pages of all blocks that were ever sealed in a layer: [block][head], as hex.
 
-    The CPU cache starts as zeros and no page is all zero. (A finished request's blocks cannot be
+    The cache starts as zeros and no page is all zero. (A finished request's blocks cannot be
     asked for here: a spawned engine tells the worker at once that it has finished.)
     """
     context = worker.vllm_config.compilation_config.static_forward_context
     (found,) = [v for k, v in context.items() if f".{layer}." in k]
-    sealed = found.kv_cache.flatten(1).any(dim=1).nonzero().flatten().tolist()
-    return [[bytes(page).hex() for page in found.kv_cache[b, :, 0].numpy()] for b in sealed]
+    cache = found.kv_cache.cpu()
+    sealed = cache.flatten(1).any(dim=1).nonzero().flatten().tolist()
+    return [[bytes(page).hex() for page in cache[b, :, 0].numpy()] for b in sealed]
 
 
 def run_elsewhere(

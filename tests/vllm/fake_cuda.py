@@ -133,18 +133,17 @@ class FakeCudaCodec:
             count = starts[s + 1] - starts[s]
             if not 0 < count <= self.limits["max_query"]:
                 continue
-            sealed = (length - count) // BLOCK
-            rows = []
-            for index in range(-(-length // BLOCK)):
-                block = int(table[s, index])
-                if index < sealed:
-                    rows.append(pages[block].transpose(0, 1))
-                else:
-                    assert slots[block] >= 0, "an open block without a slot"
-                    rows.append(pool[int(slots[block])])
-            kv = torch.cat(rows, dim=2)[:, :, :length]  # [2, heads, tokens, D]
-            here = slice(starts[s], starts[s + 1])
-            out[here] = attention(q[here], *kv.transpose(1, 2), args.scale, causal=True)[0]
+            history = length - count
+            for own in range(history // BLOCK, (length - 1) // BLOCK + 1):
+                # The queries that stand in block `own`: pages before it, itself raw.
+                first, end = max(history, own * BLOCK), min(length, (own + 1) * BLOCK)
+                blocks = table[s, : own + 1].tolist()
+                assert slots[blocks[own]] >= 0, "an open block without a slot"
+                rows = [pages[block].transpose(0, 1) for block in blocks[:own]]
+                rows.append(pool[int(slots[blocks[own]])])
+                kv = torch.cat(rows, dim=2)[:, :, :end]  # [2, heads, tokens, D]
+                here = slice(starts[s] + first - history, starts[s] + end - history)
+                out[here] = attention(q[here], *kv.transpose(1, 2), args.scale, causal=True)[0]
 
     def open(self, args: lib.CudaOpenArgs) -> None:
         self.calls.append("open")

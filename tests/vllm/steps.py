@@ -4,6 +4,7 @@ through the CUDA side of the plugin and compared with attention over all tokens.
 from __future__ import annotations
 
 import ctypes
+import zlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +42,9 @@ class Engine:
         group: int = GROUP,
         dim: int = DIM,
         dtype: torch.dtype = torch.bfloat16,
+        repeatable: bool = False,
     ) -> None:
+        """``repeatable``: a request's tokens are the same however they come in steps."""
         config = settings(drafts)
         num_open = 24
         self.codec, self.heads, self.group, self.dim, self.dtype = codec, heads, group, dim, dtype
@@ -71,9 +74,24 @@ class Engine:
         self.blocks: dict[str, list[int]] = {}
         self.computed: dict[str, int] = {}
         self.random = torch.Generator().manual_seed(1)
+        self.repeatable = repeatable
+        self.outputs: dict[str, torch.Tensor] = {}  # of the last step, [tokens, query heads, D]
 
     def draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.random).to(self.dtype)
+
+    def request(self, name: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query [count, query heads, D], and K and V [2, count, heads, D] of a request's next tokens."""
+        queries = self.heads * self.group
+        if not self.repeatable:
+            return self.draw(count, queries, self.dim), self.draw(2, count, self.heads, self.dim)
+        rows = []
+        for position in range(self.computed[name], self.computed[name] + count):
+            seed = zlib.crc32(f"{name} {position}".encode())
+            shape = queries + 2 * self.heads, self.dim
+            rows.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+        q, k, v = torch.stack(rows).to(self.dtype).split([queries, self.heads, self.heads], 1)
+        return q, torch.stack((k, v))
 
     def step(
         self, counts: dict[str, int], *, pad_seqs: int = 0, pad_tokens: int = 0, slack: int = 0
@@ -113,7 +131,7 @@ class Engine:
         total = sum(counts.values())
         starts, lens, slots = [0], [], []
         table = torch.zeros(len(order) + pad_seqs, 16, dtype=torch.int32)
-        keys = [self.draw(2, counts[name], self.heads, self.dim) for name in order]
+        queries, keys = zip(*(self.request(name, counts[name]) for name in order), strict=True)
         for i, name in enumerate(order):
             start, count = self.computed[name], counts[name]
             self.tokens[name] = torch.cat((self.tokens[name][:, :start], keys[i]), 1)
@@ -126,7 +144,7 @@ class Engine:
             ]
         starts += [total] * pad_seqs
         k, v = torch.cat((*keys, self.draw(2, pad_tokens, self.heads, self.dim)), 1)
-        q = self.draw(total + pad_tokens, self.heads * self.group, self.dim)
+        q = torch.cat((*queries, self.draw(pad_tokens, self.heads * self.group, self.dim)))
         bound = [n + slack * (counts[name] == 1) for n, name in zip(lens, order, strict=True)]
         metadata = self.planner.build(
             SimpleNamespace(
@@ -149,16 +167,34 @@ class Engine:
         self.layer.forward(metadata, q_, k_, v_, self.pages, out)
         self.worker.live = False
         out = out.cpu()
+        self.outputs = {}
         for i, name in enumerate(order):
             here = slice(starts[i], starts[i + 1])
-            keys_values = self._as_read(name, self.computed[name])
-            want, _ = fake_cuda.attention(q[here], *keys_values, self.scale, causal=True)
+            want = self._expected(name, q[here], lens[i])
             torch.testing.assert_close(out[here], want, rtol=2e-2, atol=2e-2)
+            self.outputs[name] = out[here]
             self._check_pages(name, self.computed[name], lens[i])
             self.computed[name] += counts[name]
 
+    def _expected(self, name: str, q: torch.Tensor, length: int) -> torch.Tensor:
+        """Attention of a request's step. A prompt's tokens see each other raw and pages before them; a
+        decoding token, also where drafts reach into the next block, pages for all blocks before its
+        own."""
+        history = length - len(q)
+        if len(q) > self.worker.max_query:
+            return self._causal(q, self._as_read(name, history))
+        parts = []
+        for own in range(history // BLOCK, (length - 1) // BLOCK + 1):
+            first, end = max(history, own * BLOCK), min(length, (own + 1) * BLOCK)
+            read = self._as_read(name, own * BLOCK)[:, :end]
+            parts.append(self._causal(q[first - history : end - history], read))
+        return torch.cat(parts)
+
+    def _causal(self, q: torch.Tensor, keys_values: torch.Tensor) -> torch.Tensor:
+        return fake_cuda.attention(q, *keys_values, self.scale, causal=True)[0]
+
     def _as_read(self, name: str, history: int) -> torch.Tensor:
-        """K and V as the step sees them: what its history's full blocks hold comes from pages."""
+        """K and V as a token sees them that reads pages for what history's full blocks hold."""
         raw = self.tokens[name].float()
         if self.codec is None:
             return raw

@@ -57,6 +57,35 @@ def test_drafts(drafts: int, heads: int, group: int, dim: int) -> None:
             made.computed[name] -= max(0, 1 + drafts - accepted)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("heads", "group", "dim"), [(2, 3, 64), (2, 4, 128), (1, 1, 256)])
+def test_batch_invariance(
+    recipe: str, heads: int, group: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit the same alone, in a batch, and with up to eight tokens a step, over the ends of
+    blocks."""
+    monkeypatch.setattr(cuda, "batch_invariant", lambda: True)
+    shape = {"heads": heads, "group": group, "dim": dim}
+    made = codec(recipe, **shape)
+
+    def tokens(name: str, prompt: int, steps: list[dict[str, int]], drafts: int) -> torch.Tensor:
+        """Outputs of a request's tokens after its prompt."""
+        run = Engine(drafts, codec=made, repeatable=True, **shape)
+        others = {other: 40 for step in steps for other in step if other != name}
+        run.step({name: prompt} | others)
+        parts = []
+        for counts in steps:
+            run.step(counts)
+            parts.append(run.outputs[name])
+        return torch.cat(parts)
+
+    for name, prompt in (("a", 250), ("b", 600)):
+        alone = tokens(name, prompt, [{name: 1}] * 48, 0)
+        assert torch.equal(tokens(name, prompt, [{name: 1, "c": 1, "d": 1}] * 48, 0), alone)
+        assert torch.equal(tokens(name, prompt, [{name: 4}] * 12, 3), alone)
+        assert torch.equal(tokens(name, prompt, [{name: 8, "c": 3, "d": 1}] * 6, 7), alone)
+
+
 def test_history_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "HISTORY_TOKENS", 256)
     made = Engine(codec=codec(RECIPES[0], 2, 4, 128), heads=2, group=4, dim=128)

@@ -1,8 +1,8 @@
-"""What must stay true while vLLM serves: tiny random model, real engine, CPU.
+"""What must stay true while vLLM serves: tiny random model, real engine, on the CPU or a GPU.
 
-The model is float32: its matrix products then do not depend on how requests are batched (on the
-CPU), so two ways of computing the same thing can be compared closely. Where a test allows a
-tolerance, it is for sums taken in another order, not for the compression.
+The model's matrix products do not depend on how requests are batched: float32 on the CPU, vLLM's
+batch-invariant mode on a GPU. So two ways of computing the same thing can be compared closely. Where
+a test allows a tolerance, it is for sums taken in another order, not for the compression.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ import pytest
 import torch
 from engines import BLOCK, Engine, assert_same_run, engine, tokens
 
-pytestmark = pytest.mark.cpu_only
-
-# Log-probabilities that should agree except for the order of float32 sums.
-EXACT = 1e-3
-OPTIONS = {"skip_tokenizer_init": True, "dtype": "float32"}
+# Log-probabilities that should agree: on the CPU except for the order of float32 sums.
+EXACT = 0.0 if engines.on_gpu() else 1e-3
+OPTIONS = {"skip_tokenizer_init": True, "dtype": engines.exact_dtype()}
 SEALED = {"KAKEYA_PREFILL": "sealed"}
+# A GPU has no sealed prefill. What does not depend on it runs there with prompts in one piece.
+only_sealed = pytest.mark.cpu_only
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _batch_invariant() -> Iterator[None]:
+    with engines.variables(engines.INVARIANT if engines.on_gpu() else {}):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,9 @@ def raw(tiny: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def sealed(tiny: Path) -> Iterator[Engine]:
-    """Prompts read pages for every block before their own; prompts in one piece."""
-    with engine(tiny, SEALED, max_num_batched_tokens=4096, **OPTIONS) as made:
+    """Prompts read pages for every block before their own (not on a GPU); prompts in one piece."""
+    mode = {} if engines.on_gpu() else SEALED
+    with engine(tiny, mode, max_num_batched_tokens=4096, **OPTIONS) as made:
         yield made
 
 
@@ -54,7 +61,7 @@ def pages(made: Engine, layer: int, blocks: list[int]) -> torch.Tensor:
     def read(worker: Any) -> torch.Tensor:
         context = worker.vllm_config.compilation_config.static_forward_context
         (found,) = [v for k, v in context.items() if f".{layer}." in k]
-        return found.kv_cache[blocks, :, 0].clone()
+        return found.kv_cache[blocks, :, 0].cpu().clone()
 
     return made.worker(read)
 
@@ -89,6 +96,7 @@ def test_eight_interleaved_requests_equal_each_alone(
     assert len({t for run in single for t in run.tokens}) > 8, "the texts should not be trivial"
 
 
+@only_sealed
 def test_prefix_hits_across_steps_change_nothing(sealed: Engine) -> None:
     prompt = tokens(10, 600)
     (cold,) = alone(sealed, [prompt], [20])
@@ -99,6 +107,7 @@ def test_prefix_hits_across_steps_change_nothing(sealed: Engine) -> None:
         assert_same_run(cold, hit, EXACT)
 
 
+@only_sealed
 def test_prefix_hits_within_one_step_change_nothing(sealed: Engine) -> None:
     """Three requests with one prefix in one call: later ones hit blocks of the running step."""
     shared = tokens(11, 550)
@@ -121,6 +130,22 @@ def test_raw_prefix_hit_equals_a_chunk_that_ends_there(raw: Engine) -> None:
     assert_same_run(cold, hit, EXACT)
 
 
+def test_raw_prefix_hits_within_one_step_equal_chunks(tiny: Path) -> None:
+    """Two requests hit, up to 512, blocks that another one fills in the same step: like prompts whose
+    second chunk begins there and reads the pages of an earlier step."""
+    shared = tokens(11, 550)
+    prompts = [shared + tokens(seed, 40) for seed in (12, 13, 14)]
+    with engine(tiny, max_num_batched_tokens=4096, **OPTIONS) as made:
+        hits = made.run(prompts, 15)
+    assert [run.cached for run in hits] == [0, 512, 512]
+    with engine(tiny, max_num_batched_tokens=512, **OPTIONS) as chunked:
+        cold = alone(chunked, prompts, [15] * 3)
+    for a, b in zip(cold[1:], hits[1:], strict=True):
+        assert a.tokens == b.tokens
+        assert_same_run(a, b, EXACT)
+
+
+@only_sealed
 def test_sealed_chunks_equal_one_piece(tiny: Path, sealed: Engine) -> None:
     prompts = [tokens(20, 700), tokens(21, 300)]
     whole = alone(sealed, prompts, [20, 20])
@@ -178,7 +203,7 @@ def test_a_page_holds_what_the_open_block_held(sealed: Engine) -> None:
             runtime.codec.open(
                 2, head, data.data_ptr(), data.numel(), k.data_ptr(), v.data_ptr(), k.numel()
             )
-            held = layer.impl.open_pool[slot, :, head].float()
+            held = layer.impl.open_pool[slot, :, head].cpu().float()
             errors.append(
                 [float((x - y).norm() / y.norm()) for x, y in zip((k, v), held, strict=True)]
             )
@@ -209,6 +234,7 @@ def test_an_aborted_request_frees_its_open_block(sealed: Engine) -> None:
     assert sealed.open_blocks.in_use <= 1
 
 
+@only_sealed
 def test_forced_preemption_loses_nothing(tiny: Path, sealed: Engine) -> None:
     prompts = [tokens(seed, 240) for seed in range(50, 54)]
     expected = alone(sealed, prompts, [32] * 4)

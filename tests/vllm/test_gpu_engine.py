@@ -47,7 +47,7 @@ def run(model: Path, options: str = "{}", env: str = "{}") -> dict[str, Any]:
         prompts(),
         MAX_TOKENS,
         env=json.loads(env),
-        counters=["vllm:num_preemptions"],
+        counters=["vllm:num_preemptions", "vllm:spec_decode_num_accepted_tokens"],
         **settings,
     )
 
@@ -115,6 +115,20 @@ def test_drafts_change_nothing(smollm2: Path) -> None:
     drafts |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
     drafted = run(smollm2, json.dumps({"speculative_config": drafts}))
     assert_within_the_recipe(smollm2, drafted["runs"])
+
+
+def test_drafts_give_exactly_the_plain_tokens(smollm2: Path) -> None:
+    """Where the model itself does not depend on how many tokens come at a time. Prompts are whole: drafts
+    would otherwise take their share of a step."""
+    exact = json.dumps(engines.INVARIANT)
+    whole = {"max_num_batched_tokens": 4096}
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    drafts |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    plain = run(smollm2, json.dumps(whole), exact)
+    drafted = run(smollm2, json.dumps(whole | {"speculative_config": drafts}), exact)
+    accepted = drafted["counters"]["vllm:spec_decode_num_accepted_tokens"]
+    assert accepted > MAX_TOKENS, "hardly a draft was right"
+    assert tokens(drafted["runs"]) == tokens(plain["runs"])
 
 
 def test_forced_preemption_finishes_every_request(smollm2: Path) -> None:

@@ -63,6 +63,13 @@ class KakeyaBackend(AttentionBackend):
         return False  # open blocks do not travel with pages
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """On a GPU: kakeya_cuda_limits.batch_invariant, and FlashAttention in one part for prompts."""
+        from vllm.platforms import current_platform
+
+        return current_platform.is_cuda()
+
+    @classmethod
     def supports_block_size(cls, block_size: int | None) -> bool:
         # vLLM's own test accepts multiples; a page here is exactly one block.
         return block_size in (None, lib.BLOCK_TOKENS)

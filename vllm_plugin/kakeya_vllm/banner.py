@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from kakeya_vllm import lib
+from kakeya_vllm.cuda import batch_invariant
 
 
 def _gib(count: int) -> str:
@@ -56,6 +57,9 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     if runtime.cuda is not None:
         size = _gib(runtime.cuda.nbytes)
         buffers = [f"  GPU buffers       {size} for attention and prefill ({library.cuda_archs})"]
+        if batch_invariant():
+            exceptions = "but where a prompt is cut into steps or hits the prefix cache shows"
+            buffers.append(f"  batch invariant   yes, {exceptions}")
     return [
         f"KAKEYA {library.version} (libkakeya {library.path}, {library.simd})",
         f"  recipe            {_recipe(runtime)}",

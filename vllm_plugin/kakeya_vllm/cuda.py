@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
 from kakeya_vllm import lib
@@ -41,6 +42,11 @@ def max_query(vllm_config: Any) -> int:
     speculative = vllm_config.speculative_config
     drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
     return min(MAX_QUERY, 1 + drafts)
+
+
+def batch_invariant() -> bool:
+    """Whether vLLM promises that a request's tokens depend on no other request (VLLM_BATCH_INVARIANT)."""
+    return bool(envs.VLLM_BATCH_INVARIANT)
 
 
 def to_device(values: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -96,6 +102,7 @@ class CudaWorker:
             max_tokens=self.max_tokens,
             max_query=self.max_query,
             num_kv_heads=num_kv_heads,
+            batch_invariant=batch_invariant(),
         )
         sizes = self.codec.buffers()
         self.plan_len = sizes.plan_len
@@ -547,7 +554,10 @@ def flash_version(head_size: int) -> int | None:
 def flash_attention(**arguments: Any) -> Any:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(**arguments, fa_version=flash_version(arguments["q"].shape[-1]))
+    # 0: as many parts of a sequence as FlashAttention finds good for the batch.
+    splits = 1 if batch_invariant() else 0
+    version = flash_version(arguments["q"].shape[-1])
+    return flash_attn_varlen_func(**arguments, num_splits=splits, fa_version=version)
 
 
 def merge_attention(*arguments: Any) -> None:

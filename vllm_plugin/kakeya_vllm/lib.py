@@ -175,6 +175,7 @@ class CudaLimits(ctypes.Structure):
         ("max_tokens", c_uint32),
         ("max_query", c_uint32),
         ("num_kv_heads", c_uint32),
+        ("batch_invariant", c_uint32),
     ]
 
 
@@ -516,10 +517,17 @@ class CudaCodec:
         max_tokens: int,
         max_query: int,
         num_kv_heads: int,
+        batch_invariant: bool = False,
     ) -> None:
         self.library = codec.library
         limits = CudaLimits(
-            ctypes.sizeof(CudaLimits), device, max_seqs, max_tokens, max_query, num_kv_heads
+            ctypes.sizeof(CudaLimits),
+            device,
+            max_seqs,
+            max_tokens,
+            max_query,
+            num_kv_heads,
+            batch_invariant,
         )
         self._handle = c_void_p()
         self.library.call("kakeya_cuda_new", codec._handle, byref(limits), byref(self._handle))

@@ -8,9 +8,9 @@ use crate::shape::BLOCK;
 use crate::unit::LANES;
 use half::f16;
 
-/// Factor of the offsets' table. Uniform codes stand as fp16 subnormals, so do then the mean's products; other scores are
-/// 32 times too large, so that queries of small channels keep their bits.
-fn table_scale(quantizer: Quantizer) -> f32 {
+/// Factor of the offsets' table, which `kernels/attend_shape.cuh` has too. Uniform codes stand as fp16 subnormals, so do then
+/// the mean's products; other scores are 32 times too large, so that queries of small channels keep their bits.
+pub fn table_scale(quantizer: Quantizer) -> f32 {
     if quantizer == Quantizer::Uniform { 1.0 / 8192.0 } else { 32.0 }
 }
 

@@ -40,6 +40,10 @@ pub struct kakeya_cuda_limits {
     pub max_query: u32,
     /// KV heads of this rank.
     pub num_kv_heads: u32,
+    /// 1: what kakeya_cuda_attend computes for a token depends on no other sequence of the step and not on
+    /// how many tokens of its own sequence it comes with, bit for bit. No sequence is divided then, so
+    /// few long ones are slow. 0 otherwise.
+    pub batch_invariant: u32,
 }
 
 // SAFETY: repr(C), struct_size first, integers only.
@@ -319,11 +323,13 @@ pub unsafe extern "C" fn kakeya_cuda_new(
         within("max_tokens", asked.max_tokens.into(), asked.max_seqs.into(), 1 << 24)?;
         within("max_query", asked.max_query.into(), 1, 8)?;
         within("num_kv_heads", asked.num_kv_heads.into(), 1, codec.shape().num_kv_heads as u64)?;
+        within("batch_invariant", asked.batch_invariant.into(), 0, 1)?;
         let limits = Limits {
             max_seqs: asked.max_seqs,
             max_tokens: asked.max_tokens,
             max_query: asked.max_query,
             num_kv_heads: asked.num_kv_heads,
+            batch_invariant: asked.batch_invariant == 1,
         };
         let mut device = Device::new(asked.device)?;
         let kernels = Kernels::new(&device, codec, &limits)?;
@@ -426,9 +432,9 @@ pub unsafe extern "C" fn kakeya_cuda_seal(
     unsafe { launch(cuda, args, kakeya_cuda::seal) }
 }
 
-/// Attention of the sequences with up to max_query tokens in this step, after kakeya_cuda_append. A
-/// query token sees every token of its sequence up to itself; blocks that this step filled are read
-/// raw.
+/// Attention of the sequences with up to max_query tokens in this step, after kakeya_cuda_seal. A query
+/// token sees every token of its sequence up to itself: blocks before its own from their pages, also
+/// those that this step filled, its own block raw.
 ///
 /// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, counts, scale, strides), ALIASED,
 /// CUDA.

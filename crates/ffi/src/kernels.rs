@@ -123,9 +123,9 @@ pub(crate) struct AttendParams {
     pub layer: i32,
     pub first_head: i32,
     pub element: i32,
-    pub reserved: i32,
+    pub batch_invariant: i32,
     pub scale: f32,
-    pub reserved2: i32,
+    pub reserved: i32,
 }
 
 /// The head dimensions for which there are kernels.
@@ -173,6 +173,7 @@ pub(crate) struct Limits {
     pub max_tokens: u32,
     pub max_query: u32,
     pub num_kv_heads: u32,
+    pub batch_invariant: bool,
 }
 
 impl Limits {
@@ -309,7 +310,9 @@ impl Attend {
         let mut kinds = AttendInfo::all(device)?;
         kinds.retain(|kind| kind.head_dim as usize == shape.head_dim);
         kinds.sort_by_key(|kind| kind.rows);
-        let Some(kind) = kinds.iter().find(|kind| kind.rows >= needed).or(kinds.last()) else {
+        // The kernels for different numbers of rows add up in different orders: one for all of them.
+        let fits = |kind: &&AttendInfo| kind.rows >= needed && !limits.batch_invariant;
+        let Some(kind) = kinds.iter().find(fits).or(kinds.last()) else {
             return refuse!(KAKEYA_ERR_NO_KERNELS, "no attention kernel for head_dim {}", shape.head_dim);
         };
         let quantizer = match codec.recipe().quantizer {

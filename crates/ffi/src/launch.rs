@@ -215,9 +215,9 @@ impl kakeya_cuda {
             layer: args.layer as i32,
             first_head: args.first_head as i32,
             element: element as i32,
-            reserved: 0,
+            batch_invariant: limits.batch_invariant.into(),
             scale: args.scale,
-            reserved2: 0,
+            reserved: 0,
         };
         Ok(Launch { kernel: &attend.kernel, grid, stream: args.stream, params, stages: Some(attend.stages) })
     }

@@ -88,8 +88,8 @@ void dequantise_unit(const uint8_t *unit, const uint32_t *before, uint32_t gamma
     Dequant<Q, W, NARROW>::run(f, unit_words<Q, W>(unit, before[lane], lane), ~0u, gamma, 0x64006400u);
     for (int n = 0; n < kCodes; ++n) {
       const int c = n % 4, m = n / 4 % 2;
-      const double x = half_number(f[c][m] >> 16 * (n / 8) & 0xffffu);
-      points[n * kLanes + lane] = float(Q == kUniform ? std::ldexp(x, 24 - code_bit(W, c, NARROW)) : x);
+      const float x = half_value(uint16_t(f[c][m] >> 16 * (n / 8)));
+      points[n * kLanes + lane] = Q == kUniform ? std::ldexp(x, 24 - code_bit(W, c, NARROW)) : x;
     }
   }
 }
@@ -187,6 +187,11 @@ void dequantise(uint32_t quantizer, size_t width, bool narrow, rust::Slice<const
     };
     narrow ? with_quantizer.template operator()<true>() : with_quantizer.template operator()<false>();
   });
+}
+
+float table_scale(uint32_t quantizer) {
+  require(quantizer <= kTrellis, "table_scale: quantizer");
+  return kakeya::table_scale(Quantizer(quantizer));
 }
 
 bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uint32_t block_index,

@@ -24,6 +24,9 @@ void trellis_symbols(size_t width, rust::Slice<const uint8_t> unit, rust::Slice<
 void dequantise(uint32_t quantizer, size_t width, bool narrow, rust::Slice<const uint8_t> unit,
                 rust::Slice<const uint32_t> before, uint32_t gamma, rust::Slice<float> points);
 
+// Factor of the table of offsets that the attention kernels expect. `quantizer`: as dequantise.
+float table_scale(uint32_t quantizer);
+
 // Seals a block, the threads of each phase one after the other. False: a value was not finite.
 bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uint32_t block_index,
           rust::Slice<const float> k, rust::Slice<const float> v, rust::Slice<uint8_t> page);

@@ -1,6 +1,6 @@
 //! The attention kernels' way from codes to matrix operands, against the codec's alphabets.
 
-use kakeya_codec::fragments::alphabet;
+use kakeya_codec::fragments::{alphabet, table_scale};
 use kakeya_codec::grid::{Grid, MAX_WIDTH};
 use kakeya_codec::recipe::Quantizer;
 use kakeya_codec::trellis;
@@ -98,5 +98,15 @@ fn trellis_codes_are_their_points() {
                 }
             }
         }
+    }
+}
+
+/// The kernels count on the factor that the codec puts into the table of offsets.
+#[test]
+fn table_of_offsets_has_the_kernels_scale() {
+    for (quantizer, number) in
+        [(Quantizer::Uniform, UNIFORM), (Quantizer::LloydMax, CUBIC), (Quantizer::Trellis, TRELLIS)]
+    {
+        assert_eq!(kakeya_bridge::table_scale(number).unwrap(), table_scale(quantizer), "{quantizer:?}");
     }
 }

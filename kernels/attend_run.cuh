@@ -1,0 +1,127 @@
+// A thread block's whole run: its range, segment by segment, page by page. Part of Attend, see attend.cuh.
+#pragma once
+
+#include "attend.cuh"
+
+namespace kakeya {
+
+template <int D, int Q, int ROWS>
+KAKEYA_D void Attend<D, Q, ROWS>::load_table() {
+  const uint4 *at = t.at<uint4>(t.offsets) + (warp * S::kWarpTiles / 2 * S::kPairSteps * 32 + lane) * 2;
+#pragma unroll
+  for (int s = 0; s < S::kPairSteps; ++s)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 x = __ldg(at + s * 64 + i);
+      table[s][i][0] = x.x, table[s][i][1] = x.y, table[s][i][2] = x.z, table[s][i][3] = x.w;
+    }
+}
+
+template <int D, int Q, int ROWS>
+KAKEYA_D void Attend<D, Q, ROWS>::run() {
+  const int64_t total = total_shares(), blocks = working_blocks();
+  if (blockIdx.x >= blocks) return;
+  begin = int(total * blockIdx.x / blocks);
+  end = int(total * (blockIdx.x + 1) / blocks);
+  if (p.batch_invariant) {
+    begin = item_begin(begin);
+    end = item_begin(end);
+    if (begin == end) return;
+  }
+  if (calibrated && thread < 16) sts_f32(shared + M::kFactors + 4 * thread, t.at<float>(t.factors)[thread]);
+  if (thread < 4) sts_u32(shared + M::kZero + 4 * thread, 0);
+#if KAKEYA_BULK
+  if (thread == 0) {
+    for (int i = 0; i < stages; ++i) barrier_init(shared + M::kBarriers + 8 * i, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fetch_begin();
+    for (int i = 0; i + 1 < stages; ++i) fetch_page();
+  }
+#else
+  fetch_begin();
+  for (int i = 0; i + 1 < stages; ++i) fetch_page();
+#endif
+  // Nobody waits here for the first transfers to be under way: segment() does, with its own loads on their way.
+  load_table();
+  magic = opaque(0x64006400u);
+  int stage = 0;
+  uint32_t parity = 0;
+  AttendCursor c = seek(begin);
+  for (int at = begin; at < end;) {
+    const int count = min(end - at, c.units - c.unit);
+    if (rows_of(c.sequence) > chunk_row) {
+      if (calibrated)
+        segment<true>(c, count, at, stage, parity);
+      else
+        segment<false>(c, count, at, stage, parity);
+    }
+    at += count;
+    if (at < end) c = following(c);
+  }
+}
+
+// Waits for the next page and prepares it; tells where it is.
+template <int D, int Q, int ROWS>
+template <bool CALIBRATED>
+KAKEYA_D uint32_t Attend<D, Q, ROWS>::next_page(int &stage, uint32_t &parity, uint32_t buffer) {
+  await_page(stage, parity);
+#if !KAKEYA_BULK
+  __syncthreads();
+#endif
+  const uint32_t page = stage_at(stage);
+  prepare<CALIBRATED>(page, buffer);
+  if (++stage == stages) stage = 0, parity ^= 1;
+  return page;
+}
+
+// Units [c.unit, c.unit + count) of one item. `stage` and `parity` tell where its first sealed page is, and are moved
+// on.
+template <int D, int Q, int ROWS>
+template <bool CALIBRATED>
+KAKEYA_D void Attend<D, Q, ROWS>::segment(const AttendCursor &c, int count, int at, int &stage, uint32_t &parity) {
+  begin_segment(c);
+  __syncthreads();  // barriers and constants of run() are there
+  int left = max(0, int(opaque(min(c.unit + count, c.pages) - c.unit)));
+  uint32_t buffer = 0, page = 0;
+  if (left) page = next_page<CALIBRATED>(stage, parity, 0);
+  __syncthreads();
+  while (left) {
+    float s[kScores];
+    scores(page, s);
+    __syncthreads();
+    // All warps are done with the page before: its stage takes the next transfer.
+#if KAKEYA_BULK
+    if (thread == 0) fetch_page();
+#else
+    fetch_page();
+#endif
+    gather(s);
+    gather_slots(page, s);
+    const uint32_t now = page;
+    if (--left)
+      page = next_page<CALIBRATED>(stage, parity, buffer ^ 1);
+    else if (c.unit + count >= c.pages)
+      hide_rows(s);
+    softmax<false>(s);
+    values(now, buffer);
+    buffer ^= 1;
+  }
+#pragma unroll
+  for (int n = 0; n < NB; ++n)
+#pragma unroll
+    for (int i = 0; i < S::kTiles; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) raw[n][i][e] = 0.0f;
+  if (c.unit + count > c.pages) {
+    __syncthreads();  // other warps may still read the last page's probabilities, whose memory partial scores share
+    prepare_raw(c);
+  }
+  for (int u = max(c.unit, c.pages); u < c.unit + count; ++u) {
+    __syncthreads();
+    open_block(c, blocks_of(c.sequence).first_open + u - c.pages);
+  }
+  const int item_begin = at - c.unit;
+  flush(c, count == c.units, item_begin, item_begin + c.units);
+}
+
+}  // namespace kakeya
