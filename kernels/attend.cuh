@@ -28,6 +28,7 @@
 #pragma once
 
 #include "dequant.cuh"
+#include "overlap.cuh"
 
 namespace kakeya {
 

@@ -20,13 +20,16 @@ KAKEYA_D void Attend<D, Q, ROWS>::load_table() {
 template <int D, int Q, int ROWS>
 KAKEYA_D void Attend<D, Q, ROWS>::run() {
   const int64_t total = total_shares(), blocks = working_blocks();
+  // Pages that this step seals may be among those that it reads. In most steps there are none: then only open blocks
+  // and the launch before wait for each other, in segment().
+  if (blockIdx.x >= blocks || p.plan[0]) await_previous();
   if (blockIdx.x >= blocks) return;
   begin = int(total * blockIdx.x / blocks);
   end = int(total * (blockIdx.x + 1) / blocks);
   if (p.batch_invariant) {
     begin = item_begin(begin);
     end = item_begin(end);
-    if (begin == end) return;
+    if (begin == end) return await_previous();
   }
   if (calibrated && thread < 16) sts_f32(shared + M::kFactors + 4 * thread, t.at<float>(t.factors)[thread]);
   if (thread < 4) sts_u32(shared + M::kZero + 4 * thread, 0);
@@ -112,6 +115,7 @@ KAKEYA_D void Attend<D, Q, ROWS>::segment(const AttendCursor &c, int count, int 
     for (int i = 0; i < S::kTiles; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e) raw[n][i][e] = 0.0f;
+  await_previous();  // open blocks, and the workspace that launches share
   if (c.unit + count > c.pages) {
     __syncthreads();  // other warps may still read the last page's probabilities, whose memory partial scores share
     prepare_raw(c);

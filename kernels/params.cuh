@@ -77,7 +77,7 @@ struct SequenceBlocks {
   int pages;       // blocks [0, pages)
   int first_open;  // then open blocks from this one on. Where tokens reach over the end of a block, it is both: a page
                    // to those behind it, sealed in this very step
-  int units;  // pages and open blocks
+  int units;       // pages and open blocks
 };
 KAKEYA_HD SequenceBlocks sequence_blocks(int tokens, int length) {
   const int last = (length - 1) / kBlock, first = (length - tokens) / kBlock;

@@ -4,6 +4,7 @@
 #include <cooperative_groups.h>
 
 #include "elements.cuh"
+#include "overlap.cuh"
 #include "params.cuh"
 #include "seal.cuh"
 
@@ -203,6 +204,8 @@ template <typename T>
 __device__ __forceinline__ void seal(const SealParams &p) {
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ Message inbox[2];
+  let_next_begin();
+  await_previous();  // open blocks
   const int tasks = p.plan[0];
   const uint32_t head_dim = p.tables->head_dim;
   if (tasks == 0) return;

@@ -1,4 +1,5 @@
 // kakeya_plan and kakeya_append; params.cuh has their arguments.
+#include "overlap.cuh"
 #include "step.cuh"
 
 namespace kakeya {
@@ -72,6 +73,7 @@ namespace {
 
 // Eight elements a thread and turn; both element types have two bytes.
 __device__ __forceinline__ void append(const AppendParams &p) {
+  let_next_begin();
   const int chunks = p.head_dim / 8, row = p.num_kv_heads * chunks;
   const int64_t all = int64_t(p.num_tokens) * 2 * row;
   const uint16_t *sources[2] = {static_cast<const uint16_t *>(p.k), static_cast<const uint16_t *>(p.v)};

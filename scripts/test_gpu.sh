@@ -24,7 +24,8 @@ program() {
     local name=$1 source=$2
     shift 2
     mkdir -p "$work"
-    "$nvcc" -O3 -std=c++17 -arch="sm_$arch" -I kernels "$@" -o "$work/${name}_gpu" "tests/gpu/$source.cu"
+    # The fetched nvcc does not look for its libraries where its package has them.
+    "$nvcc" -O3 -std=c++17 -arch="sm_$arch" -I kernels -L "$(dirname "$nvcc")/../lib" "$@" -o "$work/${name}_gpu" "tests/gpu/$source.cu"
 }
 
 build() {

@@ -5,10 +5,12 @@
 
 use std::ffi::{CString, c_void};
 use std::mem::{MaybeUninit, size_of};
+use std::ptr::null_mut;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{
-    self, CUdevice_attribute, CUdeviceptr, CUfunction, CUfunction_attribute, CUresult,
+    self, CUdevice_attribute, CUdeviceptr, CUfunction, CUfunction_attribute, CUlaunchAttribute,
+    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUresult,
 };
 
 use crate::error::{Outcome, refuse};
@@ -21,6 +23,9 @@ mod images {
 
 /// Targets of the embedded kernels, such as "sm_80 sm_90 compute_80"; empty without kernels.
 pub(crate) const ARCHS: &str = images::ARCHS;
+
+/// CUDA 12.4, the first driver whose graphs are known to keep programmatic dependent launches.
+const OVERLAPS_FROM: i32 = 12_040;
 
 /// A driver's refusal in words.
 fn driver<T>(what: &str, outcome: Result<T, DriverError>) -> Outcome<T> {
@@ -54,6 +59,8 @@ pub(crate) struct Device {
     modules: Vec<sys::CUmodule>,
     memory: Vec<CUdeviceptr>,
     pub multiprocessors: u32,
+    /// Whether a launch may begin before the one before it has ended.
+    overlaps: bool,
 }
 
 /// The primary context is current on this thread until this is dropped; then whatever was current before.
@@ -90,10 +97,22 @@ impl Device {
         let device = driver("opening the device", result::device::get(ordinal))?;
         // SAFETY: a device of result::device::get; released in drop.
         let context = driver("its primary context", unsafe { result::primary_ctx::retain(device) })?;
-        let mut this = Self { device, context, modules: Vec::new(), memory: Vec::new(), multiprocessors: 0 };
+        let mut this = Self {
+            device,
+            context,
+            modules: Vec::new(),
+            memory: Vec::new(),
+            multiprocessors: 0,
+            overlaps: false,
+        };
         let _current = this.current()?;
         this.multiprocessors =
             this.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let major = this.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let mut version = 0;
+        // SAFETY: writes one int.
+        driver("the driver's version", unsafe { sys::cuDriverGetVersion(&mut version) }.result())?;
+        this.overlaps = major >= 9 && version >= OVERLAPS_FROM;
         for image in images::IMAGES {
             // SAFETY: a whole fat binary of nvcc, aligned (build.rs).
             let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
@@ -194,7 +213,8 @@ impl Device {
     }
 
     /// Launches a kernel on a stream of the primary context. `arguments` point to the kernel's parameters in order. Does
-    /// not wait, so it may be captured in a graph.
+    /// not wait, so it may be captured in a graph. `early`: the kernel may begin before the launch before it has ended
+    /// (it waits by itself where it must: `await_previous` of kernels/overlap.cuh).
     ///
     /// # Safety
     /// The parameters are those of the kernel, and what they point to is there until the kernel has run.
@@ -203,24 +223,36 @@ impl Device {
         kernel: &Kernel,
         grid: [u32; 3],
         stream: *mut c_void,
+        early: bool,
         arguments: &mut [*mut c_void],
     ) -> Outcome {
         if grid.contains(&0) {
             return Ok(());
         }
         let _current = self.current()?;
-        // SAFETY: promised by the caller; the function's module is loaded as long as self lives.
-        let launched = unsafe {
-            result::launch_kernel(
-                kernel.function,
-                grid.into(),
-                (kernel.threads, 1, 1),
-                kernel.shared,
-                stream.cast(),
-                arguments,
-            )
+        let mut attribute = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        driver("launching a kernel", launched)
+        let config = CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: kernel.shared,
+            hStream: stream.cast(),
+            attrs: &raw mut attribute,
+            numAttrs: (early && self.overlaps).into(),
+        };
+        // SAFETY: promised by the caller; the function's module is loaded as long as self lives, and the attribute
+        // during the call.
+        let launched = unsafe {
+            sys::cuLaunchKernelEx(&raw const config, kernel.function, arguments.as_mut_ptr(), null_mut())
+        };
+        driver("launching a kernel", launched.result())
     }
 }
 

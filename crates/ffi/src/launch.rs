@@ -26,6 +26,8 @@ pub(crate) struct Launch<'a, P> {
     params: P,
     /// The attention kernel's second parameter.
     stages: Option<u32>,
+    /// Whether it may begin before the launch before it has ended: the kernels that wait by themselves.
+    early: bool,
 }
 
 /// An entry point that launches a kernel: `prepare` checks the arguments.
@@ -42,7 +44,7 @@ pub(crate) unsafe fn launch<A: Sized32, P>(
         let args = arguments(args)?;
         // SAFETY: promised by the caller.
         let cuda = unsafe { handle(cuda) }?;
-        let Launch { kernel, grid, stream, mut params, mut stages } = prepare(cuda, &args)?;
+        let Launch { kernel, grid, stream, mut params, mut stages, early } = prepare(cuda, &args)?;
         let mut pointers = [from_mut(&mut params).cast(), null_mut()];
         let mut count = 1;
         if let Some(stages) = &mut stages {
@@ -51,7 +53,7 @@ pub(crate) unsafe fn launch<A: Sized32, P>(
         }
         // SAFETY: `params` is the struct of this kernel (kernels.rs), and `stages` follows where it takes two; the caller
         // promised the memory.
-        unsafe { cuda.device.launch(kernel, grid, stream, &mut pointers[..count]) }
+        unsafe { cuda.device.launch(kernel, grid, stream, early, &mut pointers[..count]) }
     })
 }
 
@@ -92,7 +94,14 @@ impl kakeya_cuda {
             max_tasks: limits.max_tasks() as i32,
             max_query: limits.max_query as i32,
         };
-        Ok(Launch { kernel: &self.kernels.plan, grid: [1, 1, 1], stream: args.stream, params, stages: None })
+        Ok(Launch {
+            kernel: &self.kernels.plan,
+            grid: [1, 1, 1],
+            stream: args.stream,
+            params,
+            stages: None,
+            early: false,
+        })
     }
 
     /// A step's K and V into open blocks.
@@ -115,7 +124,14 @@ impl kakeya_cuda {
             reserved: 0,
         };
         let grid = self.kernels.append_grid(args.num_tokens, heads, self.shape.head_dim);
-        Ok(Launch { kernel: &self.kernels.append[element], grid, stream: args.stream, params, stages: None })
+        Ok(Launch {
+            kernel: &self.kernels.append[element],
+            grid,
+            stream: args.stream,
+            params,
+            stages: None,
+            early: false,
+        })
     }
 
     /// The blocks that a step fills, into pages.
@@ -142,7 +158,14 @@ impl kakeya_cuda {
             element: element as i32,
         };
         let grid = self.kernels.seal_grid(args.num_seqs, args.num_tokens, heads);
-        Ok(Launch { kernel: &self.kernels.seal[element], grid, stream: args.stream, params, stages: None })
+        Ok(Launch {
+            kernel: &self.kernels.seal[element],
+            grid,
+            stream: args.stream,
+            params,
+            stages: None,
+            early: true,
+        })
     }
 
     /// Attention of sequences with few tokens.
@@ -219,7 +242,14 @@ impl kakeya_cuda {
             scale: args.scale,
             reserved: 0,
         };
-        Ok(Launch { kernel: &attend.kernel, grid, stream: args.stream, params, stages: Some(attend.stages) })
+        Ok(Launch {
+            kernel: &attend.kernel,
+            grid,
+            stream: args.stream,
+            params,
+            stages: Some(attend.stages),
+            early: true,
+        })
     }
 
     /// Pages into dense rows.
@@ -261,6 +291,7 @@ impl kakeya_cuda {
             stream: args.stream,
             params,
             stages: None,
+            early: false,
         })
     }
 
