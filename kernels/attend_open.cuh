@@ -5,7 +5,7 @@
 
 namespace kakeya {
 
-// Attention over an open block's tokens below the sequence's end; a row of token i sees tokens up to history + i.
+// Attention of the rows whose tokens lie in an open block over its tokens up to their own.
 template <int D, int Q, int ROWS>
 KAKEYA_D void Attend<D, Q, ROWS>::open_block(const AttendCursor &c, int index) {
   const int len = p.seq_lens[c.sequence];
@@ -60,7 +60,9 @@ KAKEYA_D void Attend<D, Q, ROWS>::open_block(const AttendCursor &c, int index) {
       for (int e = 0; e < NC; ++e) {
         float &x = s[(h * NB + n) * NC + e];
         x *= unit;
-        if (index * kBlock + token > history + (chunk_row + row_of(n, e)) / p.group || token >= tokens) x = -INFINITY;
+        // Where the row's own token lies in this block; one behind it has read the block's page.
+        const int place = history + (chunk_row + row_of(n, e)) / p.group - index * kBlock;
+        if (token > place || place >= kBlock || token >= tokens) x = -INFINITY;
       }
   }
   softmax<true>(s);

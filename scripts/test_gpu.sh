@@ -12,11 +12,17 @@ cd "$ROOT"
 work=$CACHE/gpu
 dims="64 128 256"
 
-# vectors NAME: inputs, and the codec's answers, for tests/gpu/NAME.cu.
+# generators: programs that write inputs, and the codec's answers, for tests/gpu.
+generators() {
+    mkdir -p "$work"
+    cargo build --release --locked --quiet -p kakeya-bridge --examples
+    cp target/release/examples/{seal,attend}_vectors "$work"
+}
+# vectors NAME: what tests/gpu/NAME.cu reads.
 vectors() {
     rm -rf "${work:?}/$1"
     mkdir -p "$work/$1"
-    cargo run --release --locked --quiet -p kakeya-bridge --example "$1_vectors" -- "$work/$1"
+    "$work/$1_vectors" "$work/$1"
 }
 
 # program NAME SOURCE FLAGS...: tests/gpu/SOURCE.cu as $work/NAME_gpu.
@@ -39,8 +45,7 @@ build() {
     [[ -x $nvcc ]] || nvcc=$(command -v nvcc || true)
     codec=$(find crates csrc/bridge -type f -name '*.rs' | LC_ALL=C sort | xargs cat | sha256sum)
     kernels=$arch$(find kernels tests/gpu -type f | LC_ALL=C sort | xargs cat | sha256sum)
-    step gpu-vectors-seal "$codec" vectors seal
-    step gpu-vectors-attend "$codec" vectors attend
+    step gpu-generators "$codec" generators
     step gpu-program-seal "$kernels" program seal seal -fmad=false
     # One head dimension a program: they take the longest.
     for dim in $dims; do
@@ -76,12 +81,16 @@ run_sanitizer() {
 
 run_plugin() {
     say "the plugin, engines on the GPU"
-    "$PY" -m pytest tests/vllm -m "not cpu_only" --timeout 900 "$@"
+    "$PY" -m pytest -m "not cpu_only" --timeout 900 "${@:-tests/vllm}"
 }
 
 run() {
     nvidia-smi -L || die "no NVIDIA GPU"
     [[ -x $work/seal_gpu ]] || die "$work has no programs: scripts/test_gpu.sh build"
+    local name
+    for name in seal attend; do
+        step "gpu-vectors-$name" "$(digest "$work/${name}_vectors")" vectors "$name"
+    done
     case ${1:-all} in
         all)
             run_kernels
