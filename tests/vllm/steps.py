@@ -81,7 +81,7 @@ class Engine:
         return torch.randn(*shape, generator=self.random).to(self.dtype)
 
     def request(self, name: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query [count, query heads, D], and K and V [2, count, heads, D] of a request's next tokens."""
+        """Query [count, query heads, D], K and V [2, count, heads, D] of a request's next tokens."""
         queries = self.heads * self.group
         if not self.repeatable:
             return self.draw(count, queries, self.dim), self.draw(2, count, self.heads, self.dim)
@@ -177,9 +177,9 @@ class Engine:
             self.computed[name] += counts[name]
 
     def _expected(self, name: str, q: torch.Tensor, length: int) -> torch.Tensor:
-        """Attention of a request's step. A prompt's tokens see each other raw and pages before them; a
-        decoding token, also where drafts reach into the next block, pages for all blocks before its
-        own."""
+        """Attention of a request's step. A prompt's tokens see each other raw and pages before
+        them; a decoding token, also where drafts reach into the next block, pages for all blocks
+        before its own."""
         history = length - len(q)
         if len(q) > self.worker.max_query:
             return self._causal(q, self._as_read(name, history))

@@ -1,8 +1,8 @@
 """What must stay true while vLLM serves: tiny random model, real engine, on the CPU or a GPU.
 
 The model's matrix products do not depend on how requests are batched: float32 on the CPU, vLLM's
-batch-invariant mode on a GPU. So two ways of computing the same thing can be compared closely. Where
-a test allows a tolerance, it is for sums taken in another order, not for the compression.
+batch-invariant mode on a GPU. So two ways of computing the same thing can be compared closely.
+Where a test allows a tolerance, it is for sums taken in another order, not for the compression.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def test_raw_prefix_hit_equals_a_chunk_that_ends_there(raw: Engine) -> None:
 
 
 def test_raw_prefix_hits_within_one_step_equal_chunks(tiny: Path) -> None:
-    """Two requests hit, up to 512, blocks that another one fills in the same step: like prompts whose
-    second chunk begins there and reads the pages of an earlier step."""
+    """Two requests hit, up to 512, blocks that another one fills in the same step: like prompts
+    whose second chunk begins there and reads the pages of an earlier step."""
     shared = tokens(11, 550)
     prompts = [shared + tokens(seed, 40) for seed in (12, 13, 14)]
     with engine(tiny, max_num_batched_tokens=4096, **OPTIONS) as made:

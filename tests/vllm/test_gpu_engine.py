@@ -118,8 +118,8 @@ def test_drafts_change_nothing(smollm2: Path) -> None:
 
 
 def test_drafts_give_exactly_the_plain_tokens(smollm2: Path) -> None:
-    """Where the model itself does not depend on how many tokens come at a time. Prompts are whole: drafts
-    would otherwise take their share of a step."""
+    """Where the model itself does not depend on how many tokens come at a time. Prompts are whole:
+    drafts would otherwise take their share of a step."""
     exact = json.dumps(engines.INVARIANT)
     whole = {"max_num_batched_tokens": 4096}
     drafts = {"method": "ngram", "num_speculative_tokens": 3}

@@ -64,7 +64,7 @@ class KakeyaBackend(AttentionBackend):
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
-        """On a GPU: kakeya_cuda_limits.batch_invariant, and FlashAttention in one part for prompts."""
+        """On a GPU: kakeya_cuda_limits.batch_invariant, and prompts in one part."""
         from vllm.platforms import current_platform
 
         return current_platform.is_cuda()

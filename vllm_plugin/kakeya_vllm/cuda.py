@@ -45,7 +45,7 @@ def max_query(vllm_config: Any) -> int:
 
 
 def batch_invariant() -> bool:
-    """Whether vLLM promises that a request's tokens depend on no other request (VLLM_BATCH_INVARIANT)."""
+    """VLLM_BATCH_INVARIANT: vLLM promises that a request's tokens depend on no other request."""
     return bool(envs.VLLM_BATCH_INVARIANT)
 
 
