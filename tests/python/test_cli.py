@@ -14,7 +14,11 @@ def test_defaults():
     args = cli.build_parser().parse_args(["calibrate", "MODEL", "--text", "t.txt"])
     assert (args.tokens, args.out) == (16384, None)
     args = cli.build_parser().parse_args(["eval", "--model", "M", "--text", "t.txt"])
-    assert (args.passages, args.recipe, args.json) == (16, None, None)
+    assert (args.passages, args.caches, args.json, args.mode) == (None, None, None, "snapshot")
+    args = cli.build_parser().parse_args(
+        ["eval", "--model", "M", "--text", "t", "--caches", "fp8,kakeya-4.6x", "--boundary", "0,2"]
+    )
+    assert (args.caches, args.boundary) == (["fp8", "kakeya-4.6x"], [0, 2])
 
 
 @pytest.mark.parametrize(
@@ -25,6 +29,9 @@ def test_defaults():
         (["calibrate", "M", "--text", "t", "--tokens", "100"], "one passage of 2048"),
         (["calibrate", "M", "--text", "t", "--tokens", "many"], "invalid"),
         (["eval", "--model", "M", "--text", "t", "--passages", "0"], "not a positive"),
+        (["eval", "--model", "M", "--text", "t", "--mode", "warm"], "invalid choice"),
+        (["eval", "--model", "M", "--text", "t", "--boundary=-1"], "begin at 0"),
+        (["eval", "--model", "M", "--text", "t", "--coded-tokens", "100"], "multiples of 128"),
     ],
 )
 def test_bad_arguments_are_refused(argv, words, capsys):

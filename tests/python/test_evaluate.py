@@ -1,8 +1,9 @@
-"""The figures of an evaluation, on distributions whose figures are known."""
+"""The figures of an evaluation, on distributions whose figures are known, and its planning."""
 
 import numpy as np
 import pytest
-from kakeya_vllm import evaluate
+from kakeya_vllm.evaluation import command, metrics, protocol
+from kakeya_vllm.evaluation.metrics import TokenFigures
 
 
 def log_probabilities(seed, shape=(4, 8, 32)):
@@ -13,9 +14,13 @@ def log_probabilities(seed, shape=(4, 8, 32)):
 TARGETS = np.random.default_rng(7).integers(0, 32, (4, 8))
 
 
+def compare(reference, rows, targets=TARGETS):
+    return TokenFigures.of(reference, rows, targets).quality()
+
+
 def test_equal_runs_differ_by_nothing():
     rows = log_probabilities(0)
-    figures = evaluate.compare(rows, rows, TARGETS)
+    figures = compare(rows, rows, TARGETS)
     assert figures["delta_ppl"] == 0
     assert figures["delta_ppl_95"] == [0, 0]
     assert figures["top1"] == 1
@@ -27,7 +32,7 @@ def test_equal_runs_differ_by_nothing():
 
 def test_figures_equal_their_definitions():
     ref, alt = log_probabilities(1), log_probabilities(2)
-    figures = evaluate.compare(ref, alt, TARGETS)
+    figures = compare(ref, alt, TARGETS)
     nll = [-np.take_along_axis(x.astype(float), TARGETS[..., None], 2).mean() for x in (ref, alt)]
     assert figures["ppl_reference"] == pytest.approx(np.exp(nll[0]))
     assert figures["ppl"] == pytest.approx(np.exp(nll[1]))
@@ -41,7 +46,7 @@ def test_figures_equal_their_definitions():
 
 def test_intervals_hold_the_figure_and_are_reproducible():
     ref, alt = log_probabilities(1), log_probabilities(2)
-    a, b = (evaluate.compare(ref, alt, TARGETS) for _ in range(2))
+    a, b = (compare(ref, alt, TARGETS) for _ in range(2))
     assert a == b
     for name in ("delta_ppl", "top1", "kl_mean"):
         low, high = a[f"{name}_95"]
@@ -50,43 +55,149 @@ def test_intervals_hold_the_figure_and_are_reproducible():
 
 def test_interval_has_the_width_of_the_standard_error():
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    low, high = evaluate.interval(values, np.mean)
+    low, high = metrics.interval(values, np.mean)
     assert (high - low) == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
 
 
 def test_mismatched_runs_are_refused():
     rows = log_probabilities(0)
     with pytest.raises(ValueError, match="shapes differ"):
-        evaluate.compare(rows, rows[:3], TARGETS)
+        compare(rows, rows[:3], TARGETS)
     with pytest.raises(ValueError, match="shapes differ"):
-        evaluate.compare(rows, rows, TARGETS[:, :5])
+        compare(rows, rows, TARGETS[:, :5])
+
+
+def quality(delta, half, top1=0.97, passages=24):
+    return {
+        "passages": passages,
+        "delta_ppl": delta,
+        "delta_ppl_95": [delta - half, delta + half],
+        "top1": top1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("figures", "verdict"),
+    [
+        (quality(0.004, 0.004), "ACCEPT"),
+        (quality(-0.009, 0.005), "ACCEPT"),
+        (quality(0.011, 0.0049), "MARGINAL"),
+        (quality(0.004, 0.004, top1=0.949), "MARGINAL"),
+        (quality(0.004, 0.005, top1=0.73), "REJECT"),
+        (quality(0.0, 0.006), "ACCEPT"),  # wherever in it the truth lies
+        (quality(0.005, 0.008), "UNDECIDED"),
+        (quality(0.1, 0.05), "MARGINAL"),
+        (quality(-0.15, 0.1), "UNDECIDED"),
+        (quality(1.0, 0.11), "REJECT"),
+        (quality(0.0, 0.5, top1=0.5), "REJECT"),
+    ],
+)
+def test_verdict(figures, verdict):
+    assert metrics.verdict(figures) == verdict
+
+
+def test_more_passages_are_asked_for_by_the_width_of_the_interval():
+    assert metrics.passages_needed(quality(0, 0.01, passages=24)) == 119
+    assert metrics.passages_needed(quality(0, 0.0045, passages=24)) == 24
+
+
+def test_passages_of_several_runs_are_one_evaluation():
+    ref, alt = log_probabilities(1), log_probabilities(2)
+    parts = [TokenFigures.of(ref[p], alt[p], TARGETS[p]) for p in (slice(1), slice(1, 4))]
+    assert TokenFigures.joined(parts).quality() == compare(ref, alt)
+
+
+def test_figures_by_passage_and_by_position_average_to_the_whole():
+    figures = TokenFigures.of(log_probabilities(1), log_probabilities(2), TARGETS)
+    whole, passages = figures.quality(), figures.per_passage()
+    assert np.mean(passages["top1"]) == pytest.approx(whole["top1"])
+    assert np.mean(passages["kl"]) == pytest.approx(whole["kl_mean"])
+    assert np.mean(figures.kl_by_position()) == pytest.approx(whole["kl_mean"])
+    assert len(figures.kl_by_position()) == 8
+
+
+def plan(names, **changes):
+    wishes = {
+        "mode": "snapshot",
+        "streams": "kv",
+        "layers": None,
+        "boundaries": [0],
+        "coded_tokens": 2048,
+        "num_layers": 6,
+    }
+    return command.plan_caches(names, **wishes | changes)
+
+
+def test_a_snapshot_of_all_streams_runs_the_backend_and_the_rest_is_simulated():
+    assert [c.kind for c in plan([None, "kakeya-5.3x", "fp8"])] == ["kakeya", "kakeya", "stock"]
+    assert [c.kind for c in plan(["a"], mode="in-forward")] == ["simulated"]
+    assert [c.kind for c in plan(["a"], streams="k")] == ["simulated"]
+
+
+def test_boundaries_make_one_run_each():
+    caches = plan(["a"], boundaries=[0, 1, 2])
+    assert [c.layers for c in caches] == [None, (1, 2, 3, 4), (2, 3)]
+    assert len({c.label for c in caches}) == 3
+    kept = command.environment_of(caches[1], 6)
+    assert kept == {"KAKEYA_RECIPE": "a", "KAKEYA_BOUNDARY_SKIP_LAYERS": "0,5"}
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "words"),
+    [
+        (["fp8"], {"mode": "in-forward"}, "fp8 is vLLM's own cache"),
+        (["turboquant_3bit_nc"], {"boundaries": [1]}, "turboquant_3bit_nc is vLLM's own"),
+        ([None], {"layers": (6,)}, "layers 0 to 5"),
+        ([None], {"boundaries": [3]}, "no layers are left"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(names, changes, words):
+    with pytest.raises(SystemExit, match=words):
+        plan(names, **changes)
 
 
 def test_report_names_every_figure():
     cache = {"kv_cache_bytes": 2**30, "bytes_per_token": 23040.0, "capacity_tokens": 46592}
     small = {**cache, "bytes_per_token": 5000.0, "capacity_tokens": 214784}
-    quality = evaluate.compare(log_probabilities(1), log_probabilities(2), TARGETS)
-    text = evaluate.report(
+    text = command.report(
         {
-            "quality": quality,
-            "reference": {"cache": cache, "dtype": "bfloat16"},
-            "kakeya": {"cache": small, "codec": {"name": "kakeya-4.6x", "calibrated": True}},
-            "capacity_ratio": 214784 / 46592,
+            "settings": {
+                "model": "m",
+                "text": "t.txt",
+                "passages": 4,
+                "prefix_tokens": 2048,
+                "scored_tokens": 64,
+                "mode": "snapshot",
+                "streams": "kv",
+            },
+            "reference": {"label": "bf16", "cache": cache, "ppl": 15.25},
+            "runs": [
+                {
+                    "label": "kakeya-4.6x",
+                    "ratio": 4.608,
+                    "cache": small,
+                    "open_blocks_bytes": 2**21,
+                    "quality": compare(log_probabilities(1), log_probabilities(2)),
+                    "verdict": "REJECT",
+                }
+            ],
         }
     )
     for part in (
-        "recipe kakeya-4.6x (calibrated) against bf16",
-        "23,040.0",
+        "23,040",
+        "5,000",
         "4.61x",
-        "214,784",
         "delta ppl",
         "top-1",
-        "mean KL",
+        "KL",
+        "REJECT",
+        "2.0 MiB",
+        "15.25",
     ):
         assert part in text
 
 
-class FakeSteps(evaluate.Steps):
+class FakeSteps(protocol.Steps):
     """Steps without a model."""
 
     def __init__(self, spans):
@@ -104,6 +215,6 @@ class FakeSteps(evaluate.Steps):
 )
 def test_other_steps_than_the_protocol_are_refused(spans, monkeypatch):
     steps = FakeSteps(spans)
-    monkeypatch.setattr(evaluate.engine, "run_prompt", lambda *_: steps.spans.extend(spans))
+    monkeypatch.setattr(protocol.engine, "run_prompt", lambda *_: steps.spans.extend(spans))
     with pytest.raises(RuntimeError, match="the protocol needs"):
         steps.log_probabilities(None, [])

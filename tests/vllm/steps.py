@@ -81,7 +81,7 @@ class Engine:
         return torch.randn(*shape, generator=self.random).to(self.dtype)
 
     def request(self, name: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query [count, query heads, D], K and V [2, count, heads, D] of a request's next tokens."""
+        """Query [count, query heads, D], K and V [2, count, heads, D] of a request's tokens."""
         queries = self.heads * self.group
         if not self.repeatable:
             return self.draw(count, queries, self.dim), self.draw(2, count, self.heads, self.dim)

@@ -7,9 +7,10 @@ import sys
 
 from kakeya_vllm import __version__
 from kakeya_vllm.engine import CHUNK, prepare_environment
+from kakeya_vllm.evaluation.protocol import MODES, STREAMS
 
 CALIBRATION_TOKENS = 8 * CHUNK
-PASSAGES = 16
+BLOCK = 128
 
 
 def positive(text: str) -> int:
@@ -24,6 +25,30 @@ def calibration_tokens(text: str) -> int:
     if value < CHUNK:
         raise argparse.ArgumentTypeError(
             f"{text}: at least one passage of {CHUNK} tokens is needed"
+        )
+    return value
+
+
+def passages(text: str) -> int | None:
+    return None if text == "auto" else positive(text)
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers from 0 with commas."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a list of numbers such as 0,1,2") from None
+    if min(found) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: numbers begin at 0")
+    return found
+
+
+def coded_tokens(text: str) -> int:
+    value = positive(text)
+    if value > CHUNK or value % BLOCK:
+        raise argparse.ArgumentTypeError(
+            f"{text}: valid are multiples of {BLOCK} up to {CHUNK}, whole blocks of the prefix"
         )
     return value
 
@@ -50,20 +75,43 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", help="artefact to write (default: where the plugin looks for this model's)"
     )
 
-    e = commands.add_parser("eval", help="compare a recipe with the uncompressed cache on a text")
+    e = commands.add_parser("eval", help="compare caches with the uncompressed one on a text")
     e.add_argument(
         "--model", required=True, help="directory or name of the model, as vLLM takes it"
     )
     e.add_argument("--text", required=True, help="UTF-8 text to evaluate on")
     e.add_argument(
-        "--recipe",
-        help="preset name or recipe file (default: what KAKEYA_RECIPE or the plugin chooses)",
+        "--caches",
+        type=lambda text: text.split(","),
+        help="recipes (presets or files) and vLLM's own formats (fp8, int4_per_token_head, "
+        "turboquant_...), with commas (default: what KAKEYA_RECIPE or the plugin chooses)",
     )
     e.add_argument(
         "--passages",
-        type=positive,
-        default=PASSAGES,
-        help="how many passages (default %(default)s)",
+        type=passages,
+        help="how many passages; auto: as many as decide (default %(default)s)",
+    )
+    e.add_argument(
+        "--mode",
+        choices=MODES,
+        default="snapshot",
+        help="what is compressed when; docs/quality.md defines them (default %(default)s)",
+    )
+    e.add_argument("--streams", choices=STREAMS, default="kv", help="keys, values or both")
+    e.add_argument(
+        "--layers", type=lambda text: tuple(numbers(text)), help="compress only these layers"
+    )
+    e.add_argument(
+        "--boundary",
+        type=numbers,
+        default=[0],
+        help="layers at either end that stay uncompressed; several numbers: one run each",
+    )
+    e.add_argument(
+        "--coded-tokens",
+        type=coded_tokens,
+        default=CHUNK,
+        help="of the prefix, in mode prefix-only (default %(default)s)",
     )
     e.add_argument(
         "--dtype",
@@ -72,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the model in both engines; float32 shows the codec without bf16 noise",
     )
     e.add_argument("--json", help="also write the figures to this file")
+    e.add_argument("--html", help="also write a report with plots to this file")
     return parser
 
 
@@ -83,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"kakeya: wrote {calibrate(args.model, args.text, args.tokens, args.out)}")
     else:
-        from kakeya_vllm.evaluate import evaluate_command
+        from kakeya_vllm.evaluation.command import evaluate_command
 
         evaluate_command(args)
     return 0

@@ -41,7 +41,7 @@ class Runtime:
             for name, layer in context.items()
             if isinstance(getattr(layer, "impl", None), KakeyaImpl)
         }
-        shape = _model_shape(vllm_config)
+        shape = model_shape(vllm_config)
         _check_layers(layers, shape, vllm_config)
         codec = None
         if layers:
@@ -109,7 +109,7 @@ class Runtime:
         )
 
 
-def _model_shape(vllm_config: Any) -> dict[str, Any]:
+def model_shape(vllm_config: Any) -> dict[str, Any]:
     """The attention shape of the whole model, over all ranks, as kakeya_codec_new takes it."""
     model = vllm_config.model_config
     return {

@@ -1,0 +1,300 @@
+"""``kakeya eval``: caches side by side on one text, with a verdict for each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kakeya_vllm import __version__, engine
+from kakeya_vllm.evaluation import metrics, protocol
+from kakeya_vllm.evaluation.metrics import TokenFigures
+from kakeya_vllm.evaluation.protocol import Cache
+from kakeya_vllm.text import consecutive_passages, read_text, sha256_of, tokenise
+
+# Passages that an evaluation begins with when it chooses by itself how many it needs.
+FIRST_PASSAGES = 24
+# vLLM's kv_cache_dtype values that are another format of the cache.
+STOCK_FORMATS = ("fp8", "fp8_e4m3", "fp8_e5m2", "int4_per_token_head", "int8_per_token_head")
+# Variables that change figures; others hold paths of this machine.
+RECORDED_VARIABLES = {
+    "KAKEYA_BOUNDARY_SKIP_LAYERS",
+    "KAKEYA_PREFILL",
+    "KAKEYA_RECIPE",
+    "VLLM_CPU_KVCACHE_SPACE",
+}
+
+
+def is_stock(name: str) -> bool:
+    return name in STOCK_FORMATS or name.startswith("turboquant_")
+
+
+def plan_caches(
+    names: list[str | None],
+    mode: str,
+    streams: str,
+    layers: tuple[int, ...] | None,
+    boundaries: list[int],
+    coded_tokens: int,
+    num_layers: int,
+) -> list[Cache]:
+    """What has to run for the wishes of a command line; raises SystemExit for what cannot be."""
+    caches = []
+    for name in names:
+        if name is not None and is_stock(name):
+            if mode != "snapshot" or streams != "kv" or layers is not None or any(boundaries):
+                raise SystemExit(
+                    f"kakeya: {name} is vLLM's own cache: modes other than snapshot, streams, "
+                    "layers and boundaries are for recipes of KAKEYA"
+                )
+            caches.append(Cache(name, "stock", name))
+            continue
+        for boundary in boundaries:
+            chosen = set(range(num_layers) if layers is None else layers)
+            chosen -= set(range(boundary)) | set(range(num_layers - boundary, num_layers))
+            if not chosen or max(chosen) >= num_layers:
+                raise SystemExit(
+                    f"kakeya: no layers are left to compress of {num_layers} (layers {layers}, "
+                    f"boundary {boundary}); valid are layers 0 to {num_layers - 1}"
+                )
+            whole = len(chosen) == num_layers
+            parts = [name or "kakeya"]
+            parts += [mode] if mode != "snapshot" else []
+            parts += [f"{streams} only"] if streams != "kv" else []
+            if boundary:
+                parts.append(f"boundary {boundary}")
+            if layers is not None:
+                parts.append("layers " + " ".join(map(str, layers)))
+            native = mode == "snapshot" and streams == "kv"
+            caches.append(
+                Cache(
+                    ", ".join(parts) if mode != "identity" else "identity",
+                    "kakeya" if native else "simulated",
+                    name,
+                    mode,
+                    streams,
+                    None if whole else tuple(sorted(chosen)),
+                    coded_tokens if mode == "prefix-only" else engine.CHUNK,
+                )
+            )
+    return caches
+
+
+def environment_of(cache: Cache, num_layers: int) -> dict[str, str]:
+    """Variables of the engine of a cache."""
+    found = {}
+    if cache.kind == "kakeya":
+        if cache.name:
+            found["KAKEYA_RECIPE"] = cache.name
+        if cache.layers is not None:
+            kept = sorted(set(range(num_layers)) - set(cache.layers))
+            found["KAKEYA_BOUNDARY_SKIP_LAYERS"] = ",".join(map(str, kept))
+    return found
+
+
+def evaluate(
+    model: str,
+    text_path: str,
+    passages: int | None = None,
+    names: list[str | None] | None = None,
+    *,
+    dtype: str = "bfloat16",
+    mode: str = "snapshot",
+    streams: str = "kv",
+    layers: tuple[int, ...] | None = None,
+    boundaries: list[int] | None = None,
+    coded_tokens: int = engine.CHUNK,
+) -> dict[str, Any]:
+    """Compare caches with the stock cache on the first passages of a text.
+
+    ``passages`` None: as many as decide (metrics.is_resolved), if the text has them. ``names``:
+    recipes (None: what KAKEYA_RECIPE or the plugin chooses) and vLLM's own formats. ``dtype`` is
+    that of the model in all engines: with float32 the noise of bf16 arithmetic, which differs
+    between two attention implementations, is gone. Returns a dictionary ready for JSON, see
+    docs/quality.md.
+    """
+    from transformers import AutoConfig
+
+    num_layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
+    caches = plan_caches(
+        names or [None], mode, streams, layers, boundaries or [0], coded_tokens, num_layers
+    )
+    tokens = tokenise(model, read_text(text_path))
+    available = len(tokens) // protocol.PASSAGE
+    wanted = passages or min(FIRST_PASSAGES, available)
+    chosen = consecutive_passages(tokens, protocol.PASSAGE, passages or max(available, 1))
+    reference = Cache(protocol.REFERENCE, "stock", protocol.REFERENCE)
+    figures: list[list[TokenFigures]] = [[] for _ in caches]
+    about: list[dict[str, Any]] = [{} for _ in caches]
+    done, first = 0, None
+    while True:
+        part = chosen[done:wanted]
+        with tempfile.TemporaryDirectory(prefix="kakeya-eval-") as directory:
+            rows, out = str(Path(directory, "reference.npy")), str(Path(directory, "figures.npz"))
+            spec = {"model": model, "passages": part, "dtype": dtype, "reference": rows}
+            spec["figures"] = out
+            ran = protocol.in_child(spec | {"cache": reference}, {})
+            first = first or ran
+            for i, cache in enumerate(caches):
+                found = protocol.in_child(
+                    spec | {"cache": cache}, environment_of(cache, num_layers)
+                )
+                about[i] = about[i] or found
+                with np.load(out) as saved:
+                    figures[i].append(TokenFigures(**saved))
+        done = wanted
+        qualities = [TokenFigures.joined(parts).quality() for parts in figures]
+        unresolved = [q for q in qualities if not metrics.is_resolved(q)]
+        if passages or not unresolved or done == available:
+            break
+        # At least half as many again: an interval is itself uncertain.
+        needed = max(map(metrics.passages_needed, unresolved))
+        wanted = min(available, max(needed, done + done // 2))
+        print(f"kakeya: {done} passages do not decide; {wanted} will be taken", flush=True)
+    runs = [
+        {
+            "label": cache.label,
+            "kind": cache.kind,
+            "ratio": _ratio(first, ran_about),
+            **ran_about,
+            "verdict": metrics.verdict(quality),
+            "quality": quality,
+            "per_passage": TokenFigures.joined(parts).per_passage(),
+            "kl_by_position": TokenFigures.joined(parts).kl_by_position(),
+        }
+        for cache, ran_about, quality, parts in zip(caches, about, qualities, figures, strict=True)
+    ]
+    return {
+        "settings": {
+            "model": Path(model).name,
+            "text": Path(text_path).name,
+            "text_sha256": sha256_of(text_path),
+            "mode": mode,
+            "streams": streams,
+            "dtype": dtype,
+            "passages": done,
+            "prefix_tokens": engine.CHUNK,
+            "scored_tokens": protocol.SCORED,
+            "logits": "float32",
+            "command": shlex.join(["kakeya", *sys.argv[1:]]),
+            "environment": {k: v for k, v in sorted(os.environ.items()) if k in RECORDED_VARIABLES},
+        },
+        "versions": versions(),
+        "reference": {
+            "label": dtype.replace("bfloat16", "bf16"),
+            "ppl": qualities[0]["ppl_reference"],
+            **first,
+        },
+        "runs": runs,
+    }
+
+
+def _ratio(reference: dict[str, Any], ran: dict[str, Any]) -> float | None:
+    """Tokens of capacity in the same bytes, as vLLM allocated both; None where nothing was."""
+    if not ran["cache"]:
+        return None
+    return reference["cache"]["bytes_per_token"] / ran["cache"]["bytes_per_token"]
+
+
+def versions() -> dict[str, str]:
+    """What produced a figure."""
+    from importlib.metadata import version
+
+    return {
+        "kakeya": __version__,
+        "vllm": version("vllm"),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """The figures as a table for people."""
+    head = (
+        "cache",
+        "bytes/token",
+        "ratio",
+        "delta ppl",
+        "top-1",
+        "mean KL, nats",
+        "verdict",
+    )
+    reference = result["reference"]
+    rows = [head, (reference["label"], f"{reference['cache']['bytes_per_token']:,.0f}", *[""] * 5)]
+    for run in result["runs"]:
+        q = run["quality"]
+        low, high = q["delta_ppl_95"]
+        bottom, top = q["top1_95"]
+        small, large = q["kl_mean_95"]
+        rows.append(
+            (
+                run["label"],
+                f"{run['cache']['bytes_per_token']:,.0f}" if run["cache"] else "",
+                f"{run['ratio']:.2f}x" if run["ratio"] else "",
+                f"{q['delta_ppl']:+.2%} [{low:+.2%}, {high:+.2%}]",
+                f"{q['top1']:.1%} [{bottom:.1%}, {top:.1%}]",
+                f"{q['kl_mean']:.4f} [{small:.4f}, {large:.4f}]",
+                run["verdict"],
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    table = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
+    settings = result["settings"]
+    count = settings["passages"]
+    open_blocks = [
+        f"{run['label']}: open blocks take {run['open_blocks_bytes'] / 2**20:.1f} MiB beside it"
+        for run in result["runs"]
+        if run.get("open_blocks_bytes")
+    ]
+    return "\n".join(
+        [
+            f"{settings['model']}, {settings['text']}, {count} passages of "
+            f"{settings['prefix_tokens']} + {settings['scored_tokens']} tokens, mode "
+            f"{settings['mode']}, streams {settings['streams']}; perplexity of the reference "
+            f"{reference['ppl']:.3f}; 95 % intervals",
+            "",
+            *(line.rstrip() for line in table),
+            "",
+            *open_blocks,
+        ]
+    ).rstrip()
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def evaluate_command(args: argparse.Namespace) -> None:
+    """`kakeya eval`."""
+    for path in filter(None, (args.json, args.html)):
+        # An hour of figures must not be lost to a path that cannot be written.
+        if not Path(path).resolve().parent.is_dir():
+            raise SystemExit(f"kakeya: the directory of {path} does not exist")
+    result = evaluate(
+        args.model,
+        args.text,
+        args.passages,
+        args.caches,
+        dtype=args.dtype,
+        mode=args.mode,
+        streams=args.streams,
+        layers=args.layers,
+        boundaries=args.boundary,
+        coded_tokens=args.coded_tokens,
+    )
+    print(report(result))
+    if args.json:
+        write_json(args.json, result)
+    if args.html:
+        from kakeya_vllm.evaluation.html import render
+
+        Path(args.html).write_text(render(result), encoding="utf-8")
