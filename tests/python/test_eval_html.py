@@ -250,9 +250,9 @@ def test_series_of_one_value(value, count):
 def test_log_scale_where_the_range_asks_for_it():
     near = check(make_result(make_run("a", 0.01), make_run("b", 0.02)))
     far = check(make_result(make_run("a", 0.0001), make_run("b", 2.0)))
-    position = "KL over position"
-    assert near.text.split(position)[2].index("Linear scale") > 0
-    assert "Log scale" in far.text.split(position)[2].split("Means")[0]
+    for page, scale in ((near, "Linear scale."), (far, "Log scale.")):
+        # The heading, the title of the drawing, then its caption and its table.
+        assert scale in page.text.split("KL over position")[2].split("Means by")[0]
 
 
 def test_zero_on_a_log_scale_is_at_the_lower_edge():

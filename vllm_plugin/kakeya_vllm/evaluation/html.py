@@ -54,7 +54,7 @@ table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-num
 th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
 td{white-space:nowrap}th:first-child{text-align:left;min-width:13rem;overflow-wrap:anywhere}
 .text td{text-align:left;white-space:normal;overflow-wrap:anywhere}
-small,figcaption{color:var(--soft);font-weight:400;font-size:.82rem}small{display:block}
+small,figcaption{color:var(--soft);font-weight:400;font-size:.9em}small{display:block}
 figure{margin:1rem 0;break-inside:avoid;max-width:52rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:.5rem 1.5rem}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1.2rem;list-style:none;padding:0;font-size:.85rem}
@@ -62,8 +62,9 @@ svg.plot{display:block;width:100%;height:auto}svg.key{width:26px;height:10px;mar
 text{font:11px system-ui,sans-serif;fill:var(--ink)}text.axis{fill:var(--soft)}
 .rule{stroke:var(--line)}.zero{stroke:var(--ink)}.limit{stroke:var(--good);stroke-dasharray:1 3}
 pre{white-space:pre-wrap;border:1px solid var(--line);padding:.6rem}
-@media print{body{margin:0;max-width:none;font-size:10pt}table{font-size:7.5pt}
-th,td{padding:.15rem .35rem}th:first-child{min-width:0}h2,h3{break-after:avoid}}
+@media print{@page{margin:12mm}body{margin:0;padding:0;font-size:9pt}table{font-size:6.5pt}
+th,td{padding:1pt 3pt}th:first-child{min-width:20mm}.scroll{overflow:visible}
+tr{break-inside:avoid}h2,h3,caption{break-after:avoid}}
 """
 
 
@@ -379,11 +380,14 @@ def _trade_off(runs: list[Run]) -> str:
         for end in bar:
             plot.line(px - 4, end, px + 4, end, run.ink)
             plot.line(px, py, px, end, run.ink)
-        plot.dot(run.ratio, run.kl, run.dot if run.kl >= y.low else f'{run.ink} fill="none"', 4.5)
+        plot.dot(run.ratio, run.kl, run.dot if run.kl >= y.low else f'{run.ink} fill="none"', 3.2)
         name = run.name if len(run.name) <= LABEL_LENGTH else run.name[: LABEL_LENGTH - 1] + "…"
-        left, height = _place(plot, px, py, 6.6 * len(name), taken)
-        taken.append((left, height, left + 6.6 * len(name)))
-        plot.text(left, height + 4, _text(name), "start", "")
+        # A little wider than any name is set.
+        width = 6.6 * len(name)
+        left, height = _place(plot, px, py, width, taken)
+        taken.append((left, height, left + width))
+        x0, anchor = (left, "start") if left > px else (left + width, "end")
+        plot.text(x0, height + 4, _text(name), anchor, "")
     caption = f"Right and down is better. Bars: 95{NBSP}% intervals. Log scale."
     if any(run.kl < y.low for run in points):
         caption += f" Hollow, at the lower edge: values below {_show(y.low)}, 0 among them."
