@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from kakeya_vllm.evaluation import command, metrics, protocol
+from kakeya_vllm.evaluation import command, generation, metrics, protocol
 from kakeya_vllm.evaluation.metrics import TokenFigures
 
 
@@ -147,6 +147,7 @@ def test_boundaries_make_one_run_each():
     [
         (["fp8"], {"mode": "in-forward"}, "fp8 is vLLM's own cache"),
         (["turboquant_3bit_nc"], {"boundaries": [1]}, "turboquant_3bit_nc is vLLM's own"),
+        ([None], {"mode": "generate", "streams": "v"}, "both streams"),
         ([None], {"layers": (6,)}, "layers 0 to 5"),
         ([None], {"boundaries": [3]}, "no layers are left"),
     ],
@@ -195,6 +196,17 @@ def test_report_names_every_figure():
         "15.25",
     ):
         assert part in text
+
+
+def test_answers_are_compared_from_their_first_difference():
+    found = generation.compare([[1, 2, 3, 4], [5, 6], [7, 8]], [[1, 2, 9, 4], [5, 6], [0, 8]])
+    assert found["first_difference"] == [2, 2, 0]
+    assert found["first_difference_median"] == 2
+    assert found["never_different"] == pytest.approx(1 / 3)
+    assert found["agreement"] == pytest.approx((0.75 + 1 + 0.5) / 3)
+    assert "33%" in generation.report([{"label": "a", "seconds": 1.0, **found}], 4)
+    with pytest.raises(ValueError, match="1 answers for 2"):
+        generation.compare([[1], [2]], [[1]])
 
 
 class FakeSteps(protocol.Steps):

@@ -119,6 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="bfloat16",
         help="of the model in both engines; float32 shows the codec without bf16 noise",
     )
+    e.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=256,
+        help="of an answer, in mode generate (default %(default)s)",
+    )
     e.add_argument("--json", help="also write the figures to this file")
     e.add_argument("--html", help="also write a report with plots to this file")
     return parser

@@ -50,10 +50,11 @@ def plan_caches(
     caches = []
     for name in names:
         if name is not None and is_stock(name):
-            if mode != "snapshot" or streams != "kv" or layers is not None or any(boundaries):
+            native = mode in ("snapshot", "generate") and streams == "kv"
+            if not native or layers is not None or any(boundaries):
                 raise SystemExit(
-                    f"kakeya: {name} is vLLM's own cache: modes other than snapshot, streams, "
-                    "layers and boundaries are for recipes of KAKEYA"
+                    f"kakeya: {name} is vLLM's own cache: simulated modes, streams, layers and "
+                    "boundaries are for recipes of KAKEYA"
                 )
             caches.append(Cache(name, "stock", name))
             continue
@@ -73,7 +74,9 @@ def plan_caches(
                 parts.append(f"boundary {boundary}")
             if layers is not None:
                 parts.append("layers " + " ".join(map(str, layers)))
-            native = mode == "snapshot" and streams == "kv"
+            native = mode in ("snapshot", "generate") and streams == "kv"
+            if mode == "generate" and not native:
+                raise SystemExit("kakeya: mode generate runs the backend: both streams")
             caches.append(
                 Cache(
                     ", ".join(parts) if mode != "identity" else "identity",
@@ -121,9 +124,7 @@ def evaluate(
     between two attention implementations, is gone. Returns a dictionary ready for JSON, see
     docs/quality.md.
     """
-    from transformers import AutoConfig
-
-    num_layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
+    num_layers = layers_of(model)
     caches = plan_caches(
         names or [None], mode, streams, layers, boundaries or [0], coded_tokens, num_layers
     )
@@ -173,19 +174,12 @@ def evaluate(
         for cache, ran_about, quality, parts in zip(caches, about, qualities, figures, strict=True)
     ]
     return {
-        "settings": {
-            "model": Path(model).name,
-            "text": Path(text_path).name,
-            "text_sha256": sha256_of(text_path),
-            "mode": mode,
-            "streams": streams,
-            "dtype": dtype,
+        "settings": settings_of(model, text_path, mode, streams, dtype)
+        | {
             "passages": done,
             "prefix_tokens": engine.CHUNK,
             "scored_tokens": protocol.SCORED,
             "logits": "float32",
-            "command": shlex.join(["kakeya", *sys.argv[1:]]),
-            "environment": {k: v for k, v in sorted(os.environ.items()) if k in RECORDED_VARIABLES},
         },
         "versions": versions(),
         "reference": {
@@ -194,6 +188,26 @@ def evaluate(
             **first,
         },
         "runs": runs,
+    }
+
+
+def layers_of(model: str) -> int:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
+
+
+def settings_of(model: str, text_path: str, mode: str, streams: str, dtype: str) -> dict[str, Any]:
+    """What a result was asked for."""
+    return {
+        "model": Path(model).name,
+        "text": Path(text_path).name,
+        "text_sha256": sha256_of(text_path),
+        "mode": mode,
+        "streams": streams,
+        "dtype": dtype,
+        "command": shlex.join(["kakeya", *sys.argv[1:]]),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k in RECORDED_VARIABLES},
     }
 
 
@@ -273,12 +287,48 @@ def write_json(path: str | Path, value: Any) -> None:
     Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    """Mode generate: long greedy answers instead of teacher-forced predictions."""
+    from kakeya_vllm.evaluation import generation
+
+    num_layers = layers_of(args.model)
+    caches = plan_caches(
+        args.caches or [None],
+        args.mode,
+        args.streams,
+        args.layers,
+        args.boundary,
+        args.coded_tokens,
+        num_layers,
+    )
+    tokens = tokenise(args.model, read_text(args.text))
+    chosen = consecutive_passages(tokens, protocol.PASSAGE, args.passages or FIRST_PASSAGES)
+    environments = [environment_of(cache, num_layers) for cache in caches]
+    runs = generation.evaluate(
+        args.model, chosen, caches, environments, args.max_tokens, args.dtype
+    )
+    print(generation.report(runs, args.max_tokens))
+    return {
+        "settings": settings_of(args.model, args.text, args.mode, args.streams, args.dtype)
+        | {"prompt_tokens": generation.PROMPT_TOKENS, "max_tokens": args.max_tokens},
+        "versions": versions(),
+        "runs": runs,
+    }
+
+
 def evaluate_command(args: argparse.Namespace) -> None:
     """`kakeya eval`."""
     for path in filter(None, (args.json, args.html)):
         # An hour of figures must not be lost to a path that cannot be written.
         if not Path(path).resolve().parent.is_dir():
             raise SystemExit(f"kakeya: the directory of {path} does not exist")
+    if args.mode == "generate":
+        if args.html:
+            raise SystemExit("kakeya: mode generate has no HTML report; --json writes its figures")
+        result = generate(args)
+        if args.json:
+            write_json(args.json, result)
+        return
     result = evaluate(
         args.model,
         args.text,

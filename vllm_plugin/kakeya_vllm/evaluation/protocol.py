@@ -11,7 +11,8 @@ scored tokens read it: what the backend does after a prefill), ``in-forward`` (e
 with the compressed keys and values of the whole prefix, so errors reach the layers above),
 ``prefix-only`` (in-forward, but only the first ``coded_tokens`` tokens are compressed),
 ``identity`` (the snapshot path without loss). The real backend runs snapshots of all streams;
-everything else is simulated in the stock engine (:mod:`kakeya_vllm.evaluation.simulate`).
+everything else is simulated in the stock engine (:mod:`kakeya_vllm.evaluation.simulate`). Mode
+``generate`` has no passages of this kind: :mod:`kakeya_vllm.evaluation.generation`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from kakeya_vllm.evaluation.metrics import TokenFigures
 SCORED = 64
 # The last scored token is predicted by the token before it, hence one more.
 PASSAGE = engine.CHUNK + SCORED + 1
-MODES = ("snapshot", "in-forward", "prefix-only", "identity")
+MODES = ("snapshot", "in-forward", "prefix-only", "identity", "generate")
 STREAMS = ("kv", "k", "v")
 BACKEND = "KAKEYA"
 REFERENCE = "bf16"
@@ -200,12 +202,15 @@ def _about_kakeya(llm: Any, cache: Cache, coder: Any) -> dict[str, Any]:
     return {"codec": codec, "open_blocks_bytes": open_blocks}
 
 
-def in_child(spec: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
-    """``run_cache(**spec)`` in a fresh interpreter; its standard error (progress) is ours."""
+def in_child(
+    spec: dict[str, Any], environment: dict[str, str], module: str = __name__
+) -> dict[str, Any]:
+    """``module``'s answer to ``spec`` (:func:`run_cache`) from a fresh interpreter, under more
+    variables. Its standard error (progress) is ours."""
     with tempfile.TemporaryDirectory(prefix="kakeya-eval-") as directory:
         request, answer = Path(directory, "request.json"), Path(directory, "answer.json")
         request.write_text(json.dumps(spec | {"cache": asdict(spec["cache"])}))
-        command = [sys.executable, "-m", __name__, str(request), str(answer)]
+        command = [sys.executable, "-m", module, str(request), str(answer)]
         done = subprocess.run(command, env=os.environ | environment, stdin=subprocess.DEVNULL)
         if done.returncode:
             label = spec["cache"].label
@@ -213,15 +218,15 @@ def in_child(spec: dict[str, Any], environment: dict[str, str]) -> dict[str, Any
         return json.loads(answer.read_text())
 
 
-def main(argv: list[str]) -> int:
+def answer_request(argv: list[str], run: Callable[..., dict[str, Any]]) -> int:
     """Entry of the processes that ``in_child`` starts."""
     request, answer = argv
     engine.prepare_environment()
     spec = json.loads(Path(request).read_text())
     spec["cache"] = Cache(**spec["cache"])
-    Path(answer).write_text(json.dumps(run_cache(**spec)))
+    Path(answer).write_text(json.dumps(run(**spec)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(answer_request(sys.argv[1:], run_cache))
