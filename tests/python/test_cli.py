@@ -30,6 +30,7 @@ def test_defaults():
         (["calibrate", "M", "--text", "t", "--tokens", "many"], "invalid"),
         (["eval", "--model", "M", "--text", "t", "--passages", "0"], "not a positive"),
         (["eval", "--model", "M", "--text", "t", "--mode", "warm"], "invalid choice"),
+        (["eval", "--model", "M", "--task", "needle", "--depths", "2"], "not a list of shares"),
         (["eval", "--model", "M", "--text", "t", "--boundary=-1"], "begin at 0"),
         (["eval", "--model", "M", "--text", "t", "--coded-tokens", "100"], "multiples of 128"),
     ],
@@ -44,6 +45,21 @@ def test_bad_arguments_are_refused(argv, words, capsys):
 def test_calibrating_on_the_test_split_is_refused():
     with pytest.raises(SystemExit, match="for evaluation only"):
         cli.main(["calibrate", "MODEL", "--text", str(DATA / "wikitext2-test.txt")])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--task", "gsm8k"], "--data"),
+        ([], "--text is needed"),
+        (["--text", "t", "--mode", "generate", "--html", "h.html"], "perplexity modes"),
+        (["--text", "t", "--json", "no/such/place.json"], "does not exist"),
+    ],
+)
+def test_what_eval_lacks_is_named(argv, words):
+    model = Path(__file__).resolve().parents[2] / ".cache" / "models" / "smollm2"
+    with pytest.raises(SystemExit, match=words):
+        cli.main(["eval", "--model", str(model), *argv])
 
 
 def test_installed_command_prints_its_version():

@@ -44,6 +44,17 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def shares(text: str) -> list[float]:
+    """Numbers from 0 to 1 with commas."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= share <= 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of shares such as 0.1,0.5,0.9")
+    return found
+
+
 def coded_tokens(text: str) -> int:
     value = positive(text)
     if value > CHUNK or value % BLOCK:
@@ -79,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     e.add_argument(
         "--model", required=True, help="directory or name of the model, as vLLM takes it"
     )
-    e.add_argument("--text", required=True, help="UTF-8 text to evaluate on")
+    e.add_argument("--text", help="UTF-8 text to evaluate on; for --task needle, to hide it in")
     e.add_argument(
         "--caches",
         type=lambda text: text.split(","),
@@ -124,6 +135,25 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive,
         default=256,
         help="of an answer, in mode generate (default %(default)s)",
+    )
+    e.add_argument(
+        "--task",
+        choices=("gsm8k", "needle"),
+        help="questions with answers instead of perplexity",
+    )
+    e.add_argument("--data", help='of --task gsm8k: JSON lines of "question" and "answer"')
+    e.add_argument("--limit", type=positive, help="questions of --task gsm8k (default: all)")
+    e.add_argument(
+        "--lengths",
+        type=numbers,
+        default=[2048],
+        help="tokens of the prompts of --task needle, with commas (default 2048)",
+    )
+    e.add_argument(
+        "--depths",
+        type=shares,
+        default=[0.1, 0.5, 0.9],
+        help="where in them the needle is, 0 to 1, with commas (default 0.1,0.5,0.9)",
     )
     e.add_argument("--json", help="also write the figures to this file")
     e.add_argument("--html", help="also write a report with plots to this file")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kakeya_vllm import __version__, engine
-from kakeya_vllm.evaluation import metrics, protocol
+from kakeya_vllm.evaluation import generation, metrics, protocol, tasks
 from kakeya_vllm.evaluation.metrics import TokenFigures
 from kakeya_vllm.evaluation.protocol import Cache
 from kakeya_vllm.text import consecutive_passages, read_text, sha256_of, tokenise
@@ -289,8 +289,6 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
     """Mode generate: long greedy answers instead of teacher-forced predictions."""
-    from kakeya_vllm.evaluation import generation
-
     num_layers = layers_of(args.model)
     caches = plan_caches(
         args.caches or [None],
@@ -301,7 +299,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         args.coded_tokens,
         num_layers,
     )
-    tokens = tokenise(args.model, read_text(args.text))
+    tokens = tokenise(args.model, read_text(text_of(args)))
     chosen = consecutive_passages(tokens, protocol.PASSAGE, args.passages or FIRST_PASSAGES)
     environments = [environment_of(cache, num_layers) for cache in caches]
     runs = generation.evaluate(
@@ -316,22 +314,91 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def task_of(args: argparse.Namespace) -> tasks.Task:
+    """The questions of `--task`."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.task == "gsm8k":
+        if not args.data:
+            raise SystemExit("kakeya: --task gsm8k needs --data, a file of questions and answers")
+        return tasks.gsm8k_prompts(tokenizer, tasks.load_gsm8k(args.data), count=args.limit)
+    window = AutoConfig.from_pretrained(args.model).get_text_config().max_position_embeddings
+    return tasks.needle_prompts(
+        tokenizer,
+        read_text(text_of(args)),
+        args.lengths,
+        args.depths,
+        seed=0,
+        max_model_len=window,
+    )
+
+
+def ask(args: argparse.Namespace) -> dict[str, Any]:
+    """`kakeya eval --task`: questions with answers, by the stock cache and by others."""
+    task = task_of(args)
+    num_layers = layers_of(args.model)
+    caches = plan_caches(
+        args.caches or [None],
+        "generate",
+        args.streams,
+        args.layers,
+        args.boundary,
+        args.coded_tokens,
+        num_layers,
+    )
+    spec = {
+        "model": args.model,
+        "prompts": task.prompts,
+        "max_tokens": task.max_tokens,
+        "stop": list(task.stop),
+        "dtype": args.dtype,
+    }
+
+    def answers(cache: Cache, environment: dict[str, str]) -> dict[str, Any]:
+        return protocol.in_child(spec | {"cache": cache}, environment, generation.__name__)
+
+    reference = answers(Cache(protocol.REFERENCE, "stock", protocol.REFERENCE), {})
+    runs = []
+    for cache in caches:
+        found = answers(cache, environment_of(cache, num_layers))
+        figures = tasks.compare_task(
+            reference["texts"], found["texts"], task.expected, task.right, task.groups
+        )
+        runs.append({"task": task.name, "label": cache.label, "kind": cache.kind, **figures})
+        print(tasks.report_task(runs[-1]), end="\n\n")
+    return {
+        "settings": {"model": Path(args.model).name, "task": task.name, "dtype": args.dtype}
+        | {"command": shlex.join(["kakeya", *sys.argv[1:]])},
+        "versions": versions(),
+        "runs": runs,
+    }
+
+
+def text_of(args: argparse.Namespace) -> str:
+    if not args.text:
+        raise SystemExit("kakeya: --text is needed, a UTF-8 text to evaluate on")
+    return args.text
+
+
 def evaluate_command(args: argparse.Namespace) -> None:
     """`kakeya eval`."""
     for path in filter(None, (args.json, args.html)):
         # An hour of figures must not be lost to a path that cannot be written.
         if not Path(path).resolve().parent.is_dir():
             raise SystemExit(f"kakeya: the directory of {path} does not exist")
-    if args.mode == "generate":
+    if args.task or args.mode == "generate":
         if args.html:
-            raise SystemExit("kakeya: mode generate has no HTML report; --json writes its figures")
-        result = generate(args)
+            raise SystemExit(
+                "kakeya: the HTML report is of perplexity modes; --json has these figures"
+            )
+        result = ask(args) if args.task else generate(args)
         if args.json:
             write_json(args.json, result)
         return
     result = evaluate(
         args.model,
-        args.text,
+        text_of(args),
         args.passages,
         args.caches,
         dtype=args.dtype,

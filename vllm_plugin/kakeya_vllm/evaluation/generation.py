@@ -58,20 +58,32 @@ def compare(reference: list[list[int]], ids: list[list[int]]) -> dict[str, Any]:
 
 
 def run(
-    model: str, prompts: list[list[int]], max_tokens: int, cache: Cache, dtype: str
+    model: str,
+    prompts: list[list[int]],
+    max_tokens: int,
+    cache: Cache,
+    dtype: str,
+    stop: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Greedy answers of one cache: {"ids", "seconds"}. All prompts in one batch."""
+    """Greedy answers of one cache: {"ids", "seconds"} of ``max_tokens`` each, or with ``stop``
+    {"texts", "seconds"} up to one of these strings or the end of text."""
     from vllm import SamplingParams
 
     settings: dict[str, Any] = {
         "dtype": dtype,
         "max_num_seqs": min(len(prompts), 16),
-        "max_model_len": PROMPT_TOKENS + max_tokens,
+        "max_model_len": max(map(len, prompts)) + max_tokens,
     }
     if cache.kind == "stock" and cache.name != REFERENCE:
         settings["kv_cache_dtype"] = cache.name
     backend = BACKEND if cache.kind == "kakeya" else None
     llm = engine.in_process_engine(model, backend, **settings)
+    if stop is not None:
+        from kakeya_vllm.evaluation.tasks import run_task
+
+        started = time.monotonic()
+        texts = run_task(llm, prompts, max_tokens, stop)
+        return {"texts": texts, "seconds": time.monotonic() - started}
     parameters = SamplingParams(
         temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
     )
