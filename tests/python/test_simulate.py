@@ -62,7 +62,8 @@ def test_modes_against_each_other(model: str, passage: list[list[int]], tmp_path
         errors = about["layer_error"][stream]
         assert len(errors) == 30
         assert all(0 < x < 0.4 for x in errors)
-        assert errors == pytest.approx(native_about["layer_error"][stream], rel=1e-6)
+        # Attention below adds up in another order: a code here and there is another.
+        assert errors == pytest.approx(native_about["layer_error"][stream], rel=1e-3)
 
     keys = Cache("k only", "simulated", RECIPE, "snapshot", "k", (3, 4))
     about, partial = run(model, passage, tmp_path, keys, rows)
