@@ -157,6 +157,13 @@ def test_plans_that_cannot_be_are_refused(names, changes, words):
         plan(names, **changes)
 
 
+def test_a_recipe_that_the_plugin_chose_is_called_by_its_name():
+    (cache,) = plan([None], boundaries=[1])
+    ran = {"codec": {"name": "kakeya-free-4.6x"}}
+    assert command._label(cache, ran) == "kakeya-free-4.6x, boundary 1"
+    assert command._label(plan(["fp8"])[0], {"codec": None}) == "fp8"
+
+
 def test_report_names_every_figure():
     cache = {"kv_cache_bytes": 2**30, "bytes_per_token": 23040.0, "capacity_tokens": 46592}
     small = {**cache, "bytes_per_token": 5000.0, "capacity_tokens": 214784}
@@ -187,6 +194,7 @@ def test_report_names_every_figure():
     for part in (
         "23,040",
         "5,000",
+        "214,784 in 1.00 GiB",
         "4.61x",
         "delta ppl",
         "top-1",

@@ -162,7 +162,7 @@ def evaluate(
         print(f"kakeya: {done} passages do not decide; {wanted} will be taken", flush=True)
     runs = [
         {
-            "label": cache.label,
+            "label": _label(cache, ran_about),
             "kind": cache.kind,
             "ratio": _ratio(first, ran_about),
             **ran_about,
@@ -211,6 +211,13 @@ def settings_of(model: str, text_path: str, mode: str, streams: str, dtype: str)
     }
 
 
+def _label(cache: Cache, ran: dict[str, Any]) -> str:
+    """A cache whose recipe was left to the plugin is called by the recipe that it took."""
+    if cache.name is None and ran["codec"]:
+        return cache.label.replace("kakeya", ran["codec"]["name"], 1)
+    return cache.label
+
+
 def _ratio(reference: dict[str, Any], ran: dict[str, Any]) -> float | None:
     """Tokens of capacity in the same bytes, as vLLM allocated both; None where nothing was."""
     if not ran["cache"]:
@@ -231,11 +238,21 @@ def versions() -> dict[str, str]:
     }
 
 
+def _allocated(run: dict[str, Any]) -> tuple[str, str]:
+    """Bytes of cache a token, and tokens of capacity in so many bytes."""
+    cache = run["cache"]
+    if not cache:
+        return "", ""
+    size = cache["kv_cache_bytes"] / 2**30
+    return f"{cache['bytes_per_token']:,.0f}", f"{cache['capacity_tokens']:,} in {size:.2f} GiB"
+
+
 def report(result: dict[str, Any]) -> str:
     """The figures as a table for people."""
     head = (
         "cache",
         "bytes/token",
+        "capacity",
         "ratio",
         "delta ppl",
         "top-1",
@@ -243,7 +260,7 @@ def report(result: dict[str, Any]) -> str:
         "verdict",
     )
     reference = result["reference"]
-    rows = [head, (reference["label"], f"{reference['cache']['bytes_per_token']:,.0f}", *[""] * 5)]
+    rows = [head, (reference["label"], *_allocated(reference), *[""] * 5)]
     for run in result["runs"]:
         q = run["quality"]
         low, high = q["delta_ppl_95"]
@@ -252,7 +269,7 @@ def report(result: dict[str, Any]) -> str:
         rows.append(
             (
                 run["label"],
-                f"{run['cache']['bytes_per_token']:,.0f}" if run["cache"] else "",
+                *_allocated(run),
                 f"{run['ratio']:.2f}x" if run["ratio"] else "",
                 f"{q['delta_ppl']:+.2%} [{low:+.2%}, {high:+.2%}]",
                 f"{q['top1']:.1%} [{bottom:.1%}, {top:.1%}]",
