@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def haystack():
-    """Prose of some 12,000 tokens whose sentences are all different and hold no large numbers."""
+    """Prose of some 11,000 tokens whose sentences are all different and hold no large numbers."""
     generator = np.random.default_rng(0)
     words = ["river", "amber", "quietly", "falling", "under", "seven", "lanterns", "beside"]
     sentences = [" ".join(generator.choice(words, 9)).capitalize() + "." for _ in range(1000)]

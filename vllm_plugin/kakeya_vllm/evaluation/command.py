@@ -18,7 +18,7 @@ from kakeya_vllm import __version__, engine
 from kakeya_vllm.evaluation import generation, metrics, protocol, tasks
 from kakeya_vllm.evaluation.metrics import TokenFigures
 from kakeya_vllm.evaluation.protocol import Cache
-from kakeya_vllm.text import consecutive_passages, read_text, sha256_of, tokenise
+from kakeya_vllm.text import consecutive_passages, detokenise, read_text, sha256_of, tokenise
 
 # Passages that an evaluation begins with when it chooses by itself how many it needs.
 FIRST_PASSAGES = 24
@@ -68,7 +68,7 @@ def plan_caches(
                 )
             whole = len(chosen) == num_layers
             parts = [name or "kakeya"]
-            parts += [mode] if mode != "snapshot" else []
+            parts += [mode] if mode not in ("snapshot", "generate") else []
             parts += [f"{streams} only"] if streams != "kv" else []
             if boundary:
                 parts.append(f"boundary {boundary}")
@@ -343,7 +343,7 @@ def task_of(args: argparse.Namespace) -> tasks.Task:
     window = AutoConfig.from_pretrained(args.model).get_text_config().max_position_embeddings
     return tasks.needle_prompts(
         tokenizer,
-        read_text(text_of(args)),
+        detokenise(read_text(text_of(args))),
         args.lengths,
         args.depths,
         seed=0,
