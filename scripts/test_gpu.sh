@@ -29,6 +29,7 @@ vectors() {
 program() {
     local name=$1 source=$2
     shift 2
+    [[ -x $nvcc ]] || die "no nvcc: remove target/kernels and try again"
     mkdir -p "$work"
     # The fetched nvcc does not look for its libraries where its package has them.
     "$nvcc" -O3 -std=c++17 -arch="sm_$arch" -I kernels -L "$(dirname "$nvcc")/../lib" "$@" -o "$work/${name}_gpu" "tests/gpu/$source.cu"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from kakeya_vllm.evaluation import tasks
+from kakeya_vllm.evaluation import generation, tasks
 from kakeya_vllm.evaluation.tasks import Problem
 
 
@@ -343,13 +343,13 @@ def test_the_report_shows_the_figures():
 
 def test_generations_are_compared_by_place():
     reference = [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2]]
-    found = tasks.compare_generations(reference, [[1, 2, 3, 4], [1, 9, 3, 9], [1, 2, 3]])
+    found = generation.compare(reference, [[1, 2, 3, 4], [1, 9, 3, 9], [1, 2, 3]])
     assert found["first_difference"] == [4, 1, 2]
     assert found["first_difference_median"] == 2
     assert found["never_different"] == pytest.approx(1 / 3)
     assert found["agreement_by_position"] == pytest.approx([1, 2 / 3, 2 / 3, 1 / 2])
     assert found["agreement_after"] == pytest.approx(1 / 2)
     assert json.loads(json.dumps(found)) == found
-    same = tasks.compare_generations(reference, reference)
+    same = generation.compare(reference, reference)
     assert same["agreement_after"] is None
     assert same["agreement_by_position"] == [1, 1, 1, 1]

@@ -41,16 +41,10 @@ class Runtime:
             for name, layer in context.items()
             if isinstance(getattr(layer, "impl", None), KakeyaImpl)
         }
-        shape = model_shape(vllm_config)
-        _check_layers(layers, shape, vllm_config)
+        _check_layers(layers, _model_shape(vllm_config), vllm_config)
         codec = None
         if layers:
-            model = worker.get_model()
-            text_config = vllm_config.model_config.hf_text_config
-            found = rope.find(model, list(layers), text_config)
-            shape["rope"] = None if found is None else found.to_json()
-            artefact = Path(settings.calibration).read_bytes() if settings.calibration else None
-            codec = lib.load().codec(settings.recipe, shape, artefact)
+            codec = make_codec(worker.get_model(), list(layers), vllm_config, settings)
         runtime = cls(vllm_config, settings, layers, codec)
         if layers and worker.device.type == "cuda":
             runtime._make_cuda(worker.device)
@@ -109,7 +103,16 @@ class Runtime:
         )
 
 
-def model_shape(vllm_config: Any) -> dict[str, Any]:
+def make_codec(model: Any, layers: list[str], vllm_config: Any, settings: Settings) -> Any:
+    """The codec of a loaded model, whose attention layers have these names: its shape, its rotary
+    angles, and the recipe and artefact of the settings."""
+    found = rope.find(model, layers, vllm_config.model_config.hf_text_config)
+    shape = _model_shape(vllm_config) | {"rope": None if found is None else found.to_json()}
+    artefact = Path(settings.calibration).read_bytes() if settings.calibration else None
+    return lib.load().codec(settings.recipe, shape, artefact)
+
+
+def _model_shape(vllm_config: Any) -> dict[str, Any]:
     """The attention shape of the whole model, over all ranks, as kakeya_codec_new takes it."""
     model = vllm_config.model_config
     return {

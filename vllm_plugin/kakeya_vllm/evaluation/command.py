@@ -47,10 +47,12 @@ def plan_caches(
     num_layers: int,
 ) -> list[Cache]:
     """What has to run for the wishes of a command line; raises SystemExit for what cannot be."""
+    native = mode in ("snapshot", "generate") and streams == "kv"
+    if mode == "generate" and not native:
+        raise SystemExit("kakeya: mode generate runs the backend: both streams")
     caches = []
     for name in names:
         if name is not None and is_stock(name):
-            native = mode in ("snapshot", "generate") and streams == "kv"
             if not native or layers is not None or any(boundaries):
                 raise SystemExit(
                     f"kakeya: {name} is vLLM's own cache: simulated modes, streams, layers and "
@@ -74,9 +76,6 @@ def plan_caches(
                 parts.append(f"boundary {boundary}")
             if layers is not None:
                 parts.append("layers " + " ".join(map(str, layers)))
-            native = mode in ("snapshot", "generate") and streams == "kv"
-            if mode == "generate" and not native:
-                raise SystemExit("kakeya: mode generate runs the backend: both streams")
             caches.append(
                 Cache(
                     ", ".join(parts) if mode != "identity" else "identity",
@@ -152,7 +151,8 @@ def evaluate(
                 with np.load(out) as saved:
                     figures[i].append(TokenFigures(**saved))
         done = wanted
-        qualities = [TokenFigures.joined(parts).quality() for parts in figures]
+        joined = [TokenFigures.joined(parts) for parts in figures]
+        qualities = [found.quality() for found in joined]
         unresolved = [q for q in qualities if not metrics.is_resolved(q)]
         if passages or not unresolved or done == available:
             break
@@ -168,10 +168,10 @@ def evaluate(
             **ran_about,
             "verdict": metrics.verdict(quality),
             "quality": quality,
-            "per_passage": TokenFigures.joined(parts).per_passage(),
-            "kl_by_position": TokenFigures.joined(parts).kl_by_position(),
+            "per_passage": found.per_passage(),
+            "kl_by_position": found.kl_by_position(),
         }
-        for cache, ran_about, quality, parts in zip(caches, about, qualities, figures, strict=True)
+        for cache, ran_about, quality, found in zip(caches, about, qualities, joined, strict=True)
     ]
     return {
         "settings": settings_of(model, text_path, mode, streams, dtype)
@@ -304,24 +304,27 @@ def write_json(path: str | Path, value: Any) -> None:
     Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def generate(args: argparse.Namespace) -> dict[str, Any]:
-    """Mode generate: long greedy answers instead of teacher-forced predictions."""
+def answering_caches(args: argparse.Namespace) -> list[tuple[Cache, dict[str, str]]]:
+    """The caches of a command line that write answers, and the variables of each one's engine."""
     num_layers = layers_of(args.model)
     caches = plan_caches(
         args.caches or [None],
-        args.mode,
+        "generate",
         args.streams,
         args.layers,
         args.boundary,
         args.coded_tokens,
         num_layers,
     )
+    return [(cache, environment_of(cache, num_layers)) for cache in caches]
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    """Mode generate: long greedy answers instead of teacher-forced predictions."""
+    planned = answering_caches(args)
     tokens = tokenise(args.model, read_text(text_of(args)))
     chosen = consecutive_passages(tokens, protocol.PASSAGE, args.passages or FIRST_PASSAGES)
-    environments = [environment_of(cache, num_layers) for cache in caches]
-    runs = generation.evaluate(
-        args.model, chosen, caches, environments, args.max_tokens, args.dtype
-    )
+    runs = generation.evaluate(args.model, chosen, planned, args.max_tokens, args.dtype)
     print(generation.report(runs, args.max_tokens))
     return {
         "settings": settings_of(args.model, args.text, args.mode, args.streams, args.dtype)
@@ -354,16 +357,7 @@ def task_of(args: argparse.Namespace) -> tasks.Task:
 def ask(args: argparse.Namespace) -> dict[str, Any]:
     """`kakeya eval --task`: questions with answers, by the stock cache and by others."""
     task = task_of(args)
-    num_layers = layers_of(args.model)
-    caches = plan_caches(
-        args.caches or [None],
-        "generate",
-        args.streams,
-        args.layers,
-        args.boundary,
-        args.coded_tokens,
-        num_layers,
-    )
+    planned = answering_caches(args)
     spec = {
         "model": args.model,
         "prompts": task.prompts,
@@ -377,8 +371,8 @@ def ask(args: argparse.Namespace) -> dict[str, Any]:
 
     reference = answers(Cache(protocol.REFERENCE, "stock", protocol.REFERENCE), {})
     runs = []
-    for cache in caches:
-        found = answers(cache, environment_of(cache, num_layers))
+    for cache, environment in planned:
+        found = answers(cache, environment)
         figures = tasks.compare_task(
             reference["texts"], found["texts"], task.expected, task.right, task.groups
         )

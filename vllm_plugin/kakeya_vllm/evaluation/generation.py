@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
-from kakeya_vllm import engine
 from kakeya_vllm.evaluation.metrics import interval
 from kakeya_vllm.evaluation.protocol import (
-    BACKEND,
     REFERENCE,
     Cache,
     answer_request,
+    engine_of,
     in_child,
 )
 
@@ -37,7 +37,12 @@ def first_difference(reference: list[int], ids: list[int]) -> int:
 
 def compare(reference: list[list[int]], ids: list[list[int]]) -> dict[str, Any]:
     """Of answers to the same prompts, token ids each: where they part, and how many tokens stand at
-    the same place in both, before and after."""
+    the same place in both, before and after.
+
+    ``agreement_by_position``: of the answers that reach a place in either cache, the share with the
+    same token there. ``agreement_after``: the share of equal tokens behind the first different one;
+    None where no answer goes on behind one.
+    """
     if len(reference) != len(ids) or not reference:
         raise ValueError(f"{len(ids)} answers for {len(reference)} of the reference")
     pairs = list(zip(reference, ids, strict=True))
@@ -46,6 +51,10 @@ def compare(reference: list[list[int]], ids: list[list[int]]) -> dict[str, Any]:
     agreement = np.array(
         [sum(x == y for x, y in zip(a, b, strict=False)) / max(len(a), len(b), 1) for a, b in pairs]
     )
+    same = [[x == y for x, y in zip_longest(a, b)] for a, b in pairs]
+    places = range(max(map(len, same)))
+    by_position = [float(np.mean([row[i] for row in same if i < len(row)])) for i in places]
+    after = [equal for row, p in zip(same, parted, strict=True) for equal in row[p + 1 :]]
     return {
         "prompts": len(pairs),
         "tokens": int(sum(len(a) for a, _ in pairs)),
@@ -54,6 +63,8 @@ def compare(reference: list[list[int]], ids: list[list[int]]) -> dict[str, Any]:
         "never_different": float(whole.mean()),
         "agreement": float(agreement.mean()),
         "agreement_95": interval(agreement, np.mean),
+        "agreement_by_position": by_position,
+        "agreement_after": float(np.mean(after)) if after else None,
     }
 
 
@@ -69,15 +80,13 @@ def run(
     {"texts", "seconds"} up to one of these strings or the end of text."""
     from vllm import SamplingParams
 
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "max_num_seqs": min(len(prompts), 16),
-        "max_model_len": max(map(len, prompts)) + max_tokens,
-    }
-    if cache.kind == "stock" and cache.name != REFERENCE:
-        settings["kv_cache_dtype"] = cache.name
-    backend = BACKEND if cache.kind == "kakeya" else None
-    llm = engine.in_process_engine(model, backend, **settings)
+    llm = engine_of(
+        model,
+        cache,
+        dtype=dtype,
+        max_num_seqs=min(len(prompts), 16),
+        max_model_len=max(map(len, prompts)) + max_tokens,
+    )
     if stop is not None:
         from kakeya_vllm.evaluation.tasks import run_task
 
@@ -99,17 +108,16 @@ def run(
 def evaluate(
     model: str,
     passages: list[list[int]],
-    caches: list[Cache],
-    environments: list[dict[str, str]],
+    planned: list[tuple[Cache, dict[str, str]]],
     max_tokens: int,
     dtype: str,
 ) -> list[dict[str, Any]]:
-    """For each cache: its comparison with the stock cache."""
+    """For each cache, under its engine's variables: its comparison with the stock cache."""
     prompts = [passage[:PROMPT_TOKENS] for passage in passages]
     spec = {"model": model, "prompts": prompts, "max_tokens": max_tokens, "dtype": dtype}
     reference = in_child(spec | {"cache": Cache(REFERENCE, "stock", REFERENCE)}, {}, __name__)
     runs = []
-    for cache, environment in zip(caches, environments, strict=True):
+    for cache, environment in planned:
         answers = in_child(spec | {"cache": cache}, environment, __name__)
         found = compare(reference["ids"], answers["ids"])
         runs.append({"label": cache.label, "seconds": answers["seconds"], **found})

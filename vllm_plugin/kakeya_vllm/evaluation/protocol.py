@@ -105,7 +105,7 @@ def run_cache(
     from tqdm import tqdm
 
     started = time.monotonic()
-    llm = _engine(model, cache, dtype)
+    llm = engine_of(model, cache, dtype=dtype, hf_overrides={"head_dtype": "float32"})
     steps = engine.on_model(llm, Steps)
     hooks = engine.on_model(llm, lambda module: _hooks(llm, module, cache))
     loaded = time.monotonic()
@@ -136,8 +136,8 @@ def run_cache(
     }
 
 
-def _engine(model: str, cache: Cache, dtype: str) -> Any:
-    settings: dict[str, Any] = {"dtype": dtype, "hf_overrides": {"head_dtype": "float32"}}
+def engine_of(model: str, cache: Cache, **settings: Any) -> Any:
+    """The engine that has this cache; ``settings`` are vllm.LLM's."""
     if cache.kind == "kakeya":
         return engine.in_process_engine(model, BACKEND, **settings)
     if cache.kind == "stock" and cache.name != REFERENCE:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from kakeya_vllm import config, engine, lib, rope
+from kakeya_vllm import config, engine, lib
 from kakeya_vllm.cuda import DTYPES as DEVICE_DTYPES
 from kakeya_vllm.evaluation.metrics import LayerErrors
 
@@ -27,18 +26,13 @@ class Coder:
     """The codec that an engine with the same settings would use, block by block."""
 
     def __init__(self, llm: Any, model: Any, recipe: str | None) -> None:
-        from kakeya_vllm.runtime import model_shape
+        from kakeya_vllm.runtime import make_codec
 
         vllm_config = llm.llm_engine.vllm_config
         chosen = {config.KEY: {"recipe": recipe}} if recipe else {}
         self.settings = config.resolve(chosen, vllm_config.model_config)
-        shape = model_shape(vllm_config)
         names = [name for name, _ in engine.attention_layers(model)]
-        found = rope.find(model, names, vllm_config.model_config.hf_text_config)
-        shape["rope"] = None if found is None else found.to_json()
-        path = self.settings.calibration
-        artefact = Path(path).read_bytes() if path else None
-        self.codec = lib.load().codec(self.settings.recipe, shape, artefact)
+        self.codec = make_codec(model, names, vllm_config, self.settings)
 
     def round_trip(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, blocks: int

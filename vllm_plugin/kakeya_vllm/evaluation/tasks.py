@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -376,23 +375,3 @@ def report_task(result: dict[str, Any]) -> str:
             for label, r in rows.items()
         ]
     return "\n".join(lines)
-
-
-def compare_generations(reference_ids: list[list[int]], ids: list[list[int]]) -> dict[str, Any]:
-    """:func:`generation.compare` of answers in token ids, and agreement by place.
-
-    ``agreement_by_position``: of the answers that reach a place in either cache, the share with the
-    same token there. ``agreement_after``: the share of equal tokens behind the first different one;
-    None where no answer goes on behind one (all are equal before it). ValueError as there.
-    """
-    found = generation.compare(reference_ids, ids)
-    pairs = zip(reference_ids, ids, strict=True)
-    same = [[x == y for x, y in zip_longest(a, b)] for a, b in pairs]
-    places = range(max(map(len, same)))
-    by_position = [float(np.mean([row[i] for row in same if i < len(row)])) for i in places]
-    parted = zip(same, found["first_difference"], strict=True)
-    after = [equal for row, first in parted for equal in row[first + 1 :]]
-    return found | {
-        "agreement_by_position": by_position,
-        "agreement_after": float(np.mean(after)) if after else None,
-    }
