@@ -115,7 +115,8 @@ static_assert(sizeof(SealTables) == 16 * kWindows + 8 * 1024 + 12 * kMaxUnits + 
 // have.
 struct alignas(16) Coded {
   int32_t channel;
-  float inverse, base, unused;
+  float inverse, base;
+  float cost;  // of the best scale tried so far
 };
 
 // What the threads that seal one stream share.
@@ -148,7 +149,10 @@ struct alignas(16) SealState {
   float peaks[kMaxSlots * 16];
   uint16_t means[D], canonical[D];
   uint16_t exact[8];  // bit k of w: token 16 w + k is exact
-  uint8_t scales[D], better[2 * kBlock];
+  uint8_t scales[D];
+  // Counts of better scores, a half of the block each; later, by code position, the deviation's scale code.
+  uint8_t better[2 * kBlock];
+  static_assert(D <= 2 * kBlock, "a byte a channel");
   uint8_t tokens[kMaxSlots], slot_of[kBlock];
   int codes_start, bits;  // of this stream: offset of its codes in the page, sum of its widths
   uint32_t pairs, calibrated, trellis, interleaved, scale_codes, page_bytes;
@@ -641,8 +645,8 @@ KAKEYA_HD void seal_scales(SealState<D> &s, int thread) {
       else
         hi = mid;
     }
-    s.scales[i] = uint8_t(lo);
-    s.coded[n] = {i, 1.0f / (s.tables.factors[lo] * s.sigma[i]), s.base[i], 0.0f};
+    s.scales[i] = s.better[n] = uint8_t(lo);
+    s.coded[n] = {i, 1.0f / (s.tables.factors[lo] * s.sigma[i]), s.base[i], bits_float(0x7f800000u)};
   }
 }
 
@@ -650,6 +654,58 @@ KAKEYA_HD void seal_scales(SealState<D> &s, int thread) {
 template <bool K>
 KAKEYA_HD float normalised(float x, const Coded &coded) {
   return (K ? x : x - coded.base) * coded.inverse;
+}
+
+// Attempts at a channel's scale, as crates/codec/src/stats.rs has them.
+constexpr int kScaleAttempts = 4;
+
+// Scale code that a scalar quantiser tries for a channel: the deviation's, a quarter octave less, one more, then as
+// much again on the side where the best of these lies. Negative where that is past the end, or there is no such side.
+template <int D>
+KAKEYA_HD int scale_candidate(const SealState<D> &s, int position, int channel, int attempt) {
+  const int step = s.calibrated ? 1 : 2, own = s.better[position], best = s.scales[channel];
+  if (attempt == 3 && best == own) return -1;
+  const int tried = attempt == 0 ? own : attempt == 1 ? own - step : attempt == 2 ? own + step : 2 * best - own;
+  return tried < int(s.scale_codes) ? tried : -1;
+}
+
+// Partial sums, over sixteen neighbouring tokens, of what the codes leave of a channel at a scale tried, squared.
+template <int D, bool K>
+KAKEYA_HD void seal_scale_sums(SealState<D> &s, int thread, int attempt) {
+  const float *points = s.tables.points[0].x;
+  KAKEYA_ROLLED
+  for (int e = thread; e < 8 * D; e += kSealThreads) {
+    const int w = e / D, n = e % D, width = s.widths[K ? 0 : 1][n / Unit<D>::channels];
+    Coded coded = s.coded[n];
+    const int code = scale_candidate(s, n, coded.channel, attempt);
+    if (width == 0 || code < 0) continue;
+    coded.inverse = 1.0f / (s.tables.factors[code] * s.sigma[coded.channel]);
+    const Cells cells = s.tables.cells_of[width];
+    const uint32_t exact = s.exact[w];
+    float sum = 0.0f;
+    KAKEYA_UNROLL_4
+    for (int k = 0; k < 16; ++k) {
+      const float z = normalised<K>(s.rows[(16 * w + k) * s.stride + coded.channel], coded);
+      const Cell cell = s.tables.cells[cell_of(cells, z)];
+      const float left = z - points[(1 << width) + cell.below + int(z > cell.threshold)];
+      sum += exact >> k & 1u ? 0.0f : left * left;
+    }
+    s.part[w * D + n] = sum;
+  }
+}
+
+// The scale that leaves least, the first of equal ones.
+template <int D, bool K>
+KAKEYA_HD void seal_scale_choose(SealState<D> &s, int thread, int attempt) {
+  for (int n = thread; n < D; n += kSealThreads) {
+    const int i = s.order[n], code = scale_candidate(s, n, i, attempt);
+    if (s.widths[K ? 0 : 1][n / Unit<D>::channels] == 0 || code < 0) continue;
+    const float scale = s.tables.factors[code] * s.sigma[i], cost = channel_sum(s, n) * (scale * scale);
+    if (!(cost < s.coded[n].cost)) continue;
+    s.coded[n].cost = cost;
+    s.coded[n].inverse = 1.0f / scale;
+    s.scales[i] = uint8_t(code);
+  }
 }
 
 // Rows of exact tokens are kept by slot; the codes see zeros.
@@ -1020,6 +1076,12 @@ KAKEYA_HD void seal_end(const SealJob &job, SealState<D> &s, Run run) {
   run([&](int t) { seal_means(s, t); });
   run([&](int t) { seal_residual<D, K>(s, t); });
   run([&](int t) { seal_scales(s, t); });
+  if (!s.trellis) {
+    for (int attempt = 0; attempt < kScaleAttempts; ++attempt) {
+      run([&](int t) { seal_scale_sums<D, K>(s, t, attempt); });
+      run([&](int t) { seal_scale_choose<D, K>(s, t, attempt); });
+    }
+  }
   run([&](int t) { seal_exact<D, K>(s, t); });
   run([&](int t) { seal_codes<D, K>(job, s, t); });
   run([&](int t) { seal_peaks(s, t); });

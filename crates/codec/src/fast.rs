@@ -16,6 +16,7 @@ use crate::rotary::{turn, turn_back};
 use crate::rows::Rows;
 use crate::shape::BLOCK;
 use crate::simd::dispatch;
+use crate::stats::SCALE_ATTEMPTS;
 use crate::unit::{self, CODES, Codes, LANES, Stream, locate, place, unit_bytes};
 
 /// Tokens that one partial sum of a block runs over; see [`crate::stats::block_sum`].
@@ -147,12 +148,65 @@ fn normalise(
     let mut scales = vec![0; d];
     for i in 0..d {
         scales[i] = codec.stats.scale_code(squares[i] / ordinary, t.sigma[i]);
+    }
+    if codec.recipe().quantizer != Quantizer::Trellis {
+        best_scales(codec, t, rows, exact, &mut scales);
+    }
+    for i in 0..d {
         inverse[i] = 1.0 / codec.stats.scale(scales[i], t.sigma[i]);
     }
     for row in rows.chunks_exact_mut(d) {
         row.iter_mut().zip(&inverse).for_each(|(x, s)| *x *= s);
     }
     scales
+}
+
+/// Replaces each channel's scale code by the one of its candidates whose codes leave the least squared error; see
+/// `best_scale` of [`crate::reference`]. Channels of a unit share a width, so that 32 (16) of them advance together.
+#[inline(always)]
+fn best_scales(codec: &Codec, t: &StreamTables, rows: &[f32], exact: &[bool; BLOCK], scales: &mut [u8]) {
+    let d = t.mean.len();
+    let channels = d / t.widths.len();
+    for (order, &width) in t.order.chunks_exact(channels).zip(&t.widths).filter(|(_, w)| **w > 0) {
+        let grid = &codec.grids[usize::from(width)];
+        // Columns of the unit, `[token][channel]`, what lies beyond its channels unused.
+        let mut x = [[0.0f32; LANES]; BLOCK];
+        for (j, x) in x.iter_mut().enumerate() {
+            for (x, &c) in x.iter_mut().zip(order) {
+                *x = rows[j * d + usize::from(c)];
+            }
+        }
+        let first: [u8; LANES] = std::array::from_fn(|c| order.get(c).map_or(0, |&i| scales[usize::from(i)]));
+        let mut best = [f32::INFINITY; LANES];
+        for n in 0..SCALE_ATTEMPTS {
+            let mut candidate = [None; LANES];
+            let mut scale: F = [1.0; LANES];
+            for (c, &i) in order.iter().enumerate() {
+                candidate[c] = codec.stats.candidate(first[c], scales[usize::from(i)], n);
+                scale[c] = codec.stats.scale(candidate[c].unwrap_or(first[c]), t.sigma[usize::from(i)]);
+            }
+            let inverse = scale.map(|s| 1.0 / s);
+            let mut part: [F; 8] = [[0.0; LANES]; 8];
+            for j in (0..BLOCK).filter(|&j| !exact[j]) {
+                let z: F = std::array::from_fn(|c| x[j][c] * inverse[c]);
+                let p = &mut part[j / PART];
+                let q = nearest(grid, &z);
+                for c in 0..LANES {
+                    let e = z[c] - point(grid.symbol_bits, grid.alpha, grid.beta, u32::from(q[c]));
+                    p[c] += e * e;
+                }
+            }
+            for (c, &i) in order.iter().enumerate() {
+                let p = |w: usize| part[w][c];
+                let cost = (((p(0) + p(1)) + (p(2) + p(3))) + ((p(4) + p(5)) + (p(6) + p(7))))
+                    * (scale[c] * scale[c]);
+                if let Some(code) = candidate[c].filter(|_| cost < best[c]) {
+                    best[c] = cost;
+                    scales[usize::from(i)] = code;
+                }
+            }
+        }
+    }
 }
 
 #[inline(always)]

@@ -11,7 +11,7 @@ use crate::recipe::{MAX_SLOTS, Quantizer};
 use crate::rotary::{turn, turn_back};
 use crate::rows::Rows;
 use crate::shape::BLOCK;
-use crate::stats::block_sum;
+use crate::stats::{SCALE_ATTEMPTS, block_sum};
 use crate::trellis;
 use crate::unit::{self, CODES, Codes, LANES, Stream, place, unit_bytes};
 
@@ -63,6 +63,33 @@ fn block_means(codec: &Codec, t: &StreamTables, rows: &Block, exact: &[bool; BLO
         .unzip()
 }
 
+/// The scale code of a channel, of those beside the deviation's, whose codes leave the least squared error over the ordinary
+/// tokens; the earlier candidate of equal ones. A trellis keeps the deviation's: what its path leaves is known too late.
+fn best_scale(codec: &Codec, width: u8, code: u8, sigma: f32, of: impl Fn(usize) -> Option<f32>) -> u8 {
+    if width == 0 || codec.recipe().quantizer == Quantizer::Trellis {
+        return code;
+    }
+    let grid = &codec.grids[usize::from(width)];
+    let mut best = (code, f32::INFINITY);
+    for n in 0..SCALE_ATTEMPTS {
+        let Some(candidate) = codec.stats.candidate(code, best.0, n) else { continue };
+        let scale = codec.stats.scale(candidate, sigma);
+        let inverse = 1.0 / scale;
+        let sum = block_sum(|j| {
+            of(j).map_or(0.0, |x| {
+                let z = x * inverse;
+                let e = z - grid.points[grid.nearest(z) as usize];
+                e * e
+            })
+        });
+        let cost = sum * (scale * scale);
+        if cost < best.1 {
+            best = (candidate, cost);
+        }
+    }
+    best.0
+}
+
 /// Normalises residuals by their coded block scales and puts them into code order.
 fn normalise(
     codec: &Codec,
@@ -78,7 +105,16 @@ fn normalise(
     for (position, &channel) in t.order.iter().enumerate() {
         let i = usize::from(channel);
         let square = block_sum(|j| if exact[j] { 0.0 } else { residual[j][i] * residual[j][i] });
-        scales[i] = codec.stats.scale_code(square / ordinary, t.sigma[i]);
+        let width = t.widths[position * t.widths.len() / d];
+        let code = codec.stats.scale_code(square / ordinary, t.sigma[i]);
+        scales[i] =
+            best_scale(
+                codec,
+                width,
+                code,
+                t.sigma[i],
+                |j| if exact[j] { None } else { Some(residual[j][i]) },
+            );
         let inverse = 1.0 / codec.stats.scale(scales[i], t.sigma[i]);
         for j in 0..BLOCK {
             z[j][position] = residual[j][i] * inverse;

@@ -12,6 +12,11 @@ use half::f16;
 const FACTOR_LOG2: [f64; 16] =
     [-2.0, -1.25, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.75, 3.75, 5.0];
 
+/// Attempts at a channel's scale; see [`StatsCoder::candidate`]. On keys and values of real models four leave 6 % less
+/// squared error at 3 bits, 16 % at 4 and 28 % at 5 than the deviation's scale does: 128 tokens are few, and what an even
+/// grid wants is their extent.
+pub const SCALE_ATTEMPTS: usize = 4;
+
 /// How statistics are coded, with its tables.
 #[derive(Debug, Clone)]
 pub struct StatsCoder {
@@ -73,6 +78,23 @@ impl StatsCoder {
         } else {
             f16::from_bits(code).to_f32()
         }
+    }
+
+    /// Scale code that sealing with a scalar quantiser tries for a channel in attempt `n` of [`SCALE_ATTEMPTS`]: its deviation's
+    /// `own`, a quarter octave less, one more (next among calibrated factors, two steps among free ones), then as much again on
+    /// the side where `best` of these lies. None past the ends, or where there is no such side.
+    #[inline(always)]
+    pub fn candidate(&self, own: u8, best: u8, n: usize) -> Option<u8> {
+        let step = if self.calibrated { 1 } else { 2 };
+        let (own, best) = (i32::from(own), i32::from(best));
+        let c = match n {
+            0 => own,
+            1 => own - step,
+            2 => own + step,
+            _ if best == own => return None,
+            _ => best + (best - own),
+        };
+        (0..self.factors.len() as i32).contains(&c).then_some(c as u8)
     }
 
     /// Writes scale and mean codes of 2 D channels (K's, then V's) into the side area of a page.
