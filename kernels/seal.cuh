@@ -107,9 +107,10 @@ struct alignas(16) SealTables {
   // Cells of alphabets of s symbol bits at 4 * 2^s, 4 * 2^s of them: then none holds two thresholds.
   Cell cells[1024];
   Cells cells_of[kMaxUnits];  // by symbol bits
+  float even_steps[8];  // by width: of the even grid by which scales are compared, in deviations
   float factors[256], scale_thresholds[256];
 };
-static_assert(sizeof(SealTables) == 16 * kWindows + 8 * 1024 + 12 * kMaxUnits + 8 * 256, "as device.rs writes it");
+static_assert(sizeof(SealTables) == 16 * kWindows + 8 * 1024 + 12 * kMaxUnits + 32 + 8 * 256, "as device.rs writes it");
 
 // How inputs are read in code order: the channel at a position, the inverse of its scale, and the base that values
 // have.
@@ -659,7 +660,7 @@ KAKEYA_HD float normalised(float x, const Coded &coded) {
 // Attempts at a channel's scale, as crates/codec/src/stats.rs has them.
 constexpr int kScaleAttempts = 4;
 
-// Scale code that a scalar quantiser tries for a channel: the deviation's, a quarter octave less, one more, then as
+// Scale code that is tried for a channel: the deviation's, a quarter octave less, one more, then as
 // much again on the side where the best of these lies. Negative where that is past the end, or there is no such side.
 template <int D>
 KAKEYA_HD int scale_candidate(const SealState<D> &s, int position, int channel, int attempt) {
@@ -669,25 +670,36 @@ KAKEYA_HD int scale_candidate(const SealState<D> &s, int position, int channel, 
   return tried < int(s.scale_codes) ? tried : -1;
 }
 
-// Partial sums, over sixteen neighbouring tokens, of what the codes leave of a channel at a scale tried, squared.
+// Step of the even grid, of a channel's width, that compares scales.
+template <int D>
+KAKEYA_HD float even_step(const SealState<D> &s, int code, int channel, int width) {
+  return s.tables.factors[code] * s.sigma[channel] * s.tables.even_steps[width];
+}
+
+// What an even grid leaves of u, as crates/codec/src/grid.rs has it; half: 2^(width - 1).
+KAKEYA_HD float even_error(float u, float half) {
+  constexpr float magic = 12582912.0f;
+  const float above = fmaxf(u, -half), inside = fminf(above, half - 1.0f);
+  return u - ((inside + magic) - magic);
+}
+
+// Partial sums, over sixteen neighbouring tokens, of what an even grid leaves of a channel at a scale tried, squared.
 template <int D, bool K>
 KAKEYA_HD void seal_scale_sums(SealState<D> &s, int thread, int attempt) {
-  const float *points = s.tables.points[0].x;
   KAKEYA_ROLLED
   for (int e = thread; e < 8 * D; e += kSealThreads) {
     const int w = e / D, n = e % D, width = s.widths[K ? 0 : 1][n / Unit<D>::channels];
     Coded coded = s.coded[n];
     const int code = scale_candidate(s, n, coded.channel, attempt);
     if (width == 0 || code < 0) continue;
-    coded.inverse = 1.0f / (s.tables.factors[code] * s.sigma[coded.channel]);
-    const Cells cells = s.tables.cells_of[width];
+    coded.inverse = 1.0f / even_step(s, code, coded.channel, width);
+    const float half = float(1 << width >> 1);
     const uint32_t exact = s.exact[w];
     float sum = 0.0f;
     KAKEYA_UNROLL_4
     for (int k = 0; k < 16; ++k) {
-      const float z = normalised<K>(s.rows[(16 * w + k) * s.stride + coded.channel], coded);
-      const Cell cell = s.tables.cells[cell_of(cells, z)];
-      const float left = z - points[(1 << width) + cell.below + int(z > cell.threshold)];
+      const float left =
+          even_error(normalised<K>(s.rows[(16 * w + k) * s.stride + coded.channel], coded) - 0.5f, half);
       sum += exact >> k & 1u ? 0.0f : left * left;
     }
     s.part[w * D + n] = sum;
@@ -699,11 +711,12 @@ template <int D, bool K>
 KAKEYA_HD void seal_scale_choose(SealState<D> &s, int thread, int attempt) {
   for (int n = thread; n < D; n += kSealThreads) {
     const int i = s.order[n], code = scale_candidate(s, n, i, attempt);
-    if (s.widths[K ? 0 : 1][n / Unit<D>::channels] == 0 || code < 0) continue;
-    const float scale = s.tables.factors[code] * s.sigma[i], cost = channel_sum(s, n) * (scale * scale);
+    const int width = s.widths[K ? 0 : 1][n / Unit<D>::channels];
+    if (width == 0 || code < 0) continue;
+    const float step = even_step(s, code, i, width), cost = channel_sum(s, n) * (step * step);
     if (!(cost < s.coded[n].cost)) continue;
     s.coded[n].cost = cost;
-    s.coded[n].inverse = 1.0f / scale;
+    s.coded[n].inverse = 1.0f / (s.tables.factors[code] * s.sigma[i]);
     s.scales[i] = uint8_t(code);
   }
 }
@@ -1076,11 +1089,9 @@ KAKEYA_HD void seal_end(const SealJob &job, SealState<D> &s, Run run) {
   run([&](int t) { seal_means(s, t); });
   run([&](int t) { seal_residual<D, K>(s, t); });
   run([&](int t) { seal_scales(s, t); });
-  if (!s.trellis) {
-    for (int attempt = 0; attempt < kScaleAttempts; ++attempt) {
-      run([&](int t) { seal_scale_sums<D, K>(s, t, attempt); });
-      run([&](int t) { seal_scale_choose<D, K>(s, t, attempt); });
-    }
+  for (int attempt = 0; attempt < kScaleAttempts; ++attempt) {
+    run([&](int t) { seal_scale_sums<D, K>(s, t, attempt); });
+    run([&](int t) { seal_scale_choose<D, K>(s, t, attempt); });
   }
   run([&](int t) { seal_exact<D, K>(s, t); });
   run([&](int t) { seal_codes<D, K>(job, s, t); });

@@ -54,7 +54,7 @@ QWEN3_4B = {
 }
 # The last one does not fit in bf16.
 CELLS = "1x8192,64x8192,256x8192"
-CACHES = "bf16,fp8,kakeya-4.6x,kakeya-4.6x-uniform"
+CACHES = "bf16,fp8,kakeya-4.6x,kakeya-4.6x-trellis"
 FIRST_TOKEN = "8192,32768"
 PREFILL = (8, 8192)  # prompts, tokens of each
 STEP_TOKENS = 8192

@@ -29,7 +29,7 @@ import torch
 from kakeya_vllm import cuda, lib
 
 CELLS = "64x8192,32x32768,1x131072,1x8192,1x4096,1x1024"
-RECIPES = "kakeya-4.6x,kakeya-4.6x-uniform"
+RECIPES = "kakeya-4.6x,kakeya-4.6x-trellis"
 BLOCK = lib.BLOCK_TOKENS
 LAYERS = 4  # of the synthetic model; copies of the data take turns
 CHUNK = 8192  # tokens of a step that seals

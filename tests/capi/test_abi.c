@@ -105,7 +105,7 @@ static void test_texts(void) {
 
   CHECK_OK(kakeya_recipe_describe(TEXT("kakeya-4.6x"), buf, sizeof buf, &needed));
   CHECK(strstr(buf, "\"needs_calibration\":true") && strstr(buf, "\"ratio\":4.6"), "%s", buf);
-  CHECK_OK(kakeya_recipe_describe(TEXT("kakeya-free-4.0x-uniform"), buf, sizeof buf, &needed));
+  CHECK_OK(kakeya_recipe_describe(TEXT("kakeya-free-4.0x"), buf, sizeof buf, &needed));
   CHECK(strstr(buf, "\"needs_calibration\":false") && strstr(buf, "\"quantizer\":\"uniform\""), "%s", buf);
 }
 

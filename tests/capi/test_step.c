@@ -241,7 +241,7 @@ static void test_company(const kakeya_codec *codec) {
 }
 
 int main(void) {
-  static const char *const recipes[] = {"kakeya-free-4.6x", "kakeya-free-4.6x-lloyd-max", "kakeya-free-4.6x-uniform"};
+  static const char *const recipes[] = {"kakeya-free-4.6x", "kakeya-free-4.6x-lloyd-max", "kakeya-free-4.6x-trellis"};
   for (size_t r = 0; r < sizeof recipes / sizeof recipes[0]; ++r) {
     kakeya_codec *codec = codec_of(recipes[r]);
     for (size_t d = 0; d < sizeof DTYPES / sizeof DTYPES[0]; ++d) {

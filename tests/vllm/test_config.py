@@ -111,7 +111,7 @@ def test_resolved_settings_mean_the_same_to_a_worker() -> None:
     ("env", "chosen", "reason"),
     [
         ({"KAKEYA_PREFILL": "cooked"}, None, "KAKEYA_PREFILL='cooked'; valid: raw or sealed"),
-        ({"KAKEYA_RECIPE": "kakeya-9.9x"}, None, "kakeya-free-4.6x-uniform"),
+        ({"KAKEYA_RECIPE": "kakeya-9.9x"}, None, "kakeya-free-4.6x-trellis"),
         ({"KAKEYA_RECIPE": "./no.json"}, None, "cannot read the recipe file './no.json'"),
         ({"KAKEYA_RECIPE": "kakeya-4.6x"}, None, "kakeya calibrate some/model"),
         ({"KAKEYA_CALIBRATION": "/no/file"}, None, "'/no/file' is not a file"),

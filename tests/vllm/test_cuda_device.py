@@ -23,7 +23,7 @@ def codec(recipe: str, heads: int, group: int, dim: int) -> lib.Codec:
     return lib.load().codec(recipe, model)
 
 
-RECIPES = ["kakeya-free-4.6x", "kakeya-free-4.6x-uniform", "kakeya-free-6.4x-lloyd-max"]
+RECIPES = ["kakeya-free-4.6x", "kakeya-free-4.6x-trellis", "kakeya-free-6.4x-lloyd-max"]
 SHAPES = [(2, 2, 64), (3, 3, 64), (2, 4, 128), (1, 16, 128), (1, 1, 256)]
 
 

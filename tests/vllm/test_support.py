@@ -181,7 +181,7 @@ def test_layer_numbers() -> None:
         ),
         ("KAKEYA_BOUNDARY_SKIP_LAYERS", "first", "'first' is not a layer number"),
         ("KAKEYA_PREFILL", "half", "valid: raw or sealed"),
-        ("KAKEYA_RECIPE", "kakeya-3.0x", "kakeya-free-4.6x"),
+        ("KAKEYA_RECIPE", "kakeya-2.0x", "kakeya-free-4.6x"),
         ("KAKEYA_RECIPE", "kakeya-4.6x", "kakeya calibrate"),
     ],
 )

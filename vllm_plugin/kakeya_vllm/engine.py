@@ -11,8 +11,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# Cache of an engine that holds one passage; on the CPU VLLM_CPU_KVCACHE_SPACE says the same.
+CACHE_BYTES = 2**30
 # Tokens of a step; also the clean prefix of an evaluated passage. 16 blocks of 128.
 CHUNK = 2048
+# Positions of an engine by default: a passage and what follows it.
+MODEL_LEN = CHUNK + CHUNK // 8
 
 
 def prepare_environment() -> None:
@@ -87,14 +91,29 @@ def in_process_engine(model: str, backend: str | None = None, **settings: Any):
         "enable_prefix_caching": False,
         "max_num_seqs": 1,
         "max_num_batched_tokens": CHUNK,
-        "max_model_len": CHUNK + CHUNK // 8,
+        "max_model_len": MODEL_LEN,
         "seed": 0,
         "disable_log_stats": True,
     }
     if backend not in (None, "environment"):
         arguments["attention_backend"] = backend
     arguments.update(settings)
-    return LLM(**arguments)
+    return LLM(**_memory(arguments), **arguments)
+
+
+def _memory(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Settings by which an engine on a GPU takes no more memory than it needs: by itself vLLM takes
+    nearly all, and refuses to start where another process has some."""
+    import torch
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    found: dict[str, Any] = {"gpu_memory_utilization": min(0.9, 0.95 * free / total)}
+    if arguments["max_num_seqs"] == 1 and arguments["max_model_len"] == MODEL_LEN:
+        found["kv_cache_memory_bytes"] = CACHE_BYTES
+    return {name: value for name, value in found.items() if name not in arguments}
 
 
 def on_model(llm, function: Callable) -> Any:

@@ -3,7 +3,7 @@
 
 use crate::codec::{Codec, StreamTables};
 use crate::fragments;
-use crate::grid::{Grid, MAX_WIDTH};
+use crate::grid::{Grid, MAX_WIDTH, even_step};
 use crate::recipe::Quantizer;
 use crate::shape::BLOCK;
 
@@ -118,6 +118,11 @@ fn seal_tables(codec: &Codec) -> Vec<u8> {
         bytes.extend(below.to_le_bytes());
     }
     bytes.extend_from_slice(bytemuck::cast_slice(&places));
+    let mut steps = [0f32; 8];
+    for (width, step) in steps.iter_mut().enumerate().take(MAX_WIDTH + 1).skip(1) {
+        *step = even_step(width);
+    }
+    bytes.extend_from_slice(bytemuck::cast_slice(&steps));
     for x in [&codec.stats.factors[..], codec.stats.thresholds()] {
         let mut padded = [0f32; MAX_SCALES];
         padded[..x.len()].copy_from_slice(x);

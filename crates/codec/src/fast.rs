@@ -7,7 +7,7 @@
 
 use crate::codec::{Codec, StreamTables};
 use crate::error::Result;
-use crate::grid::{Grid, point};
+use crate::grid::{Grid, even_error, even_step, point};
 use crate::hadamard;
 use crate::layout::PageLayout;
 use crate::page::{self, Header};
@@ -149,9 +149,7 @@ fn normalise(
     for i in 0..d {
         scales[i] = codec.stats.scale_code(squares[i] / ordinary, t.sigma[i]);
     }
-    if codec.recipe().quantizer != Quantizer::Trellis {
-        best_scales(codec, t, rows, exact, &mut scales);
-    }
+    best_scales(codec, t, rows, exact, &mut scales);
     for i in 0..d {
         inverse[i] = 1.0 / codec.stats.scale(scales[i], t.sigma[i]);
     }
@@ -168,7 +166,7 @@ fn best_scales(codec: &Codec, t: &StreamTables, rows: &[f32], exact: &[bool; BLO
     let d = t.mean.len();
     let channels = d / t.widths.len();
     for (order, &width) in t.order.chunks_exact(channels).zip(&t.widths).filter(|(_, w)| **w > 0) {
-        let grid = &codec.grids[usize::from(width)];
+        let width = usize::from(width);
         // Columns of the unit, `[token][channel]`, what lies beyond its channels unused.
         let mut x = [[0.0f32; LANES]; BLOCK];
         for (j, x) in x.iter_mut().enumerate() {
@@ -180,26 +178,25 @@ fn best_scales(codec: &Codec, t: &StreamTables, rows: &[f32], exact: &[bool; BLO
         let mut best = [f32::INFINITY; LANES];
         for n in 0..SCALE_ATTEMPTS {
             let mut candidate = [None; LANES];
-            let mut scale: F = [1.0; LANES];
+            let mut step: F = [1.0; LANES];
             for (c, &i) in order.iter().enumerate() {
                 candidate[c] = codec.stats.candidate(first[c], scales[usize::from(i)], n);
-                scale[c] = codec.stats.scale(candidate[c].unwrap_or(first[c]), t.sigma[usize::from(i)]);
+                let scale = codec.stats.scale(candidate[c].unwrap_or(first[c]), t.sigma[usize::from(i)]);
+                step[c] = scale * even_step(width);
             }
-            let inverse = scale.map(|s| 1.0 / s);
+            let inverse = step.map(|s| 1.0 / s);
             let mut part: [F; 8] = [[0.0; LANES]; 8];
             for j in (0..BLOCK).filter(|&j| !exact[j]) {
-                let z: F = std::array::from_fn(|c| x[j][c] * inverse[c]);
                 let p = &mut part[j / PART];
-                let q = nearest(grid, &z);
                 for c in 0..LANES {
-                    let e = z[c] - point(grid.symbol_bits, grid.alpha, grid.beta, u32::from(q[c]));
+                    let e = even_error(x[j][c] * inverse[c] - 0.5, width);
                     p[c] += e * e;
                 }
             }
             for (c, &i) in order.iter().enumerate() {
                 let p = |w: usize| part[w][c];
-                let cost = (((p(0) + p(1)) + (p(2) + p(3))) + ((p(4) + p(5)) + (p(6) + p(7))))
-                    * (scale[c] * scale[c]);
+                let cost =
+                    (((p(0) + p(1)) + (p(2) + p(3))) + ((p(4) + p(5)) + (p(6) + p(7)))) * (step[c] * step[c]);
                 if let Some(code) = candidate[c].filter(|_| cost < best[c]) {
                     best[c] = cost;
                     scales[usize::from(i)] = code;

@@ -1,7 +1,7 @@
 //! A recipe is data: everything that decides how a page is laid out and filled, and nothing about a model.
 //!
-//! Presets are named by their capacity ratio, all bytes counted. A JSON object overrides single fields:
-//! `{"base": "kakeya-4.6x", "quantizer": "uniform"}`.
+//! A name says the capacity ratio, all bytes counted, and the quantiser: `kakeya-4.6x`, `kakeya-5.3x-trellis`. A JSON object
+//! overrides single fields: `{"base": "kakeya-4.6x", "quantizer": "trellis"}`.
 
 use crate::error::{Error, Result};
 use crate::layout::PageLayout;
@@ -60,9 +60,12 @@ fn default_name() -> String {
     DEFAULT_RECIPE.to_string()
 }
 
-const RATIOS: [(&str, f64); 4] = [("4.0x", 4.0), ("4.6x", 4.6), ("5.3x", 5.3), ("6.4x", 6.4)];
+/// Ratios whose quality is published; any other within [`VALID_RATIOS`] may be named too.
+const RATIOS: [&str; 5] = ["3.5", "4.0", "4.6", "5.3", "6.4"];
+/// Below, six bits a channel would leave bytes unused; above, the budget does not reach one bit.
+const VALID_RATIOS: std::ops::RangeInclusive<f64> = 2.7..=9.0;
 const RUNGS: [(&str, Quantizer); 3] =
-    [("", Quantizer::Trellis), ("-lloyd-max", Quantizer::LloydMax), ("-uniform", Quantizer::Uniform)];
+    [("", Quantizer::Uniform), ("-lloyd-max", Quantizer::LloydMax), ("-trellis", Quantizer::Trellis)];
 
 /// Exact slots that a page header can index.
 pub const MAX_SLOTS: usize = 8;
@@ -72,23 +75,30 @@ impl Recipe {
     pub fn presets() -> Vec<String> {
         let mut names = Vec::new();
         for family in ["kakeya-", "kakeya-free-"] {
-            for (ratio, _) in RATIOS {
-                names.extend(RUNGS.iter().map(|(rung, _)| format!("{family}{ratio}{rung}")));
+            for ratio in RATIOS {
+                names.extend(RUNGS.iter().map(|(rung, _)| format!("{family}{ratio}x{rung}")));
             }
         }
         names
     }
 
-    fn preset(name: &str) -> Option<Recipe> {
+    /// The recipe that a name such as `kakeya-4.6x-trellis` stands for; the ratio has one or two decimals.
+    fn named(name: &str) -> Option<Recipe> {
         let (calibrated, rest) = match name.strip_prefix("kakeya-free-") {
             Some(rest) => (false, rest),
             None => (true, name.strip_prefix("kakeya-")?),
         };
-        let (tag, ratio) = RATIOS.iter().find(|(tag, _)| rest.starts_with(tag))?;
-        let (_, quantizer) = RUNGS.iter().find(|(rung, _)| &rest[tag.len()..] == *rung)?;
-        Some(Recipe {
+        let (ratio, rung) = rest.split_once('x')?;
+        let (whole, decimals) = ratio.split_once('.')?;
+        let digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+        if !digits(whole) || !digits(decimals) || whole.len() > 1 || decimals.len() > 2 {
+            return None;
+        }
+        let ratio: f64 = ratio.parse().ok()?;
+        let (_, quantizer) = RUNGS.iter().find(|(suffix, _)| rung == *suffix)?;
+        VALID_RATIOS.contains(&ratio).then(|| Recipe {
             name: name.to_string(),
-            ratio: *ratio,
+            ratio,
             quantizer: *quantizer,
             calibrated,
             // Without calibration nothing tells which layers have many sinks: every page keeps four.
@@ -99,14 +109,16 @@ impl Recipe {
         })
     }
 
-    /// A preset's name, or a JSON object with fields to override.
+    /// A name, or a JSON object with fields to override.
     pub fn parse(text: &str) -> Result<Recipe> {
         let text = text.trim();
         let lookup = |name: &str| {
-            Recipe::preset(name).ok_or_else(|| {
+            Recipe::named(name).ok_or_else(|| {
                 Error::BadRecipe(format!(
-                    "no preset is named '{name}'; valid: {}",
-                    Recipe::presets().join(", ")
+                    "no recipe is named '{name}'; valid: {}, and other ratios from {} to {} with one or two decimals",
+                    Recipe::presets().join(", "),
+                    VALID_RATIOS.start(),
+                    VALID_RATIOS.end()
                 ))
             })
         };
@@ -131,8 +143,8 @@ impl Recipe {
 
     fn check(&self) -> Result<()> {
         let bad = |m: String| Err(Error::BadRecipe(m));
-        if !(2.7..=9.0).contains(&self.ratio) {
-            return bad(format!("ratio is {}; valid: 2.7..=9.0", self.ratio));
+        if !VALID_RATIOS.contains(&self.ratio) {
+            return bad(format!("ratio is {}; valid: {VALID_RATIOS:?}", self.ratio));
         }
         if self.min_slots > MAX_SLOTS || self.sink_slots > MAX_SLOTS {
             return bad(format!(
@@ -182,7 +194,7 @@ mod tests {
 
     #[test]
     fn every_preset_parses_and_keeps_its_ratio() {
-        for name in Recipe::presets() {
+        for name in Recipe::presets().into_iter().chain(["kakeya-4.75x-trellis".to_string()]) {
             let r = Recipe::parse(&name).unwrap();
             for d in crate::shape::HEAD_DIMS {
                 let bytes = r.page_bytes(d).unwrap();
@@ -203,8 +215,12 @@ mod tests {
     #[test]
     fn refusals_name_the_field_and_the_choice() {
         for (text, part) in [
-            ("kakeya-4.7x", "kakeya-4.6x"),
-            ("", "no preset"),
+            ("kakeya-9.1x", "kakeya-4.6x"),
+            ("kakeya-4x", "from 2.7 to 9"),
+            ("kakeya-4.625x", "two decimals"),
+            ("kakeya-+4.6x", "two decimals"),
+            ("kakeya-4.6x-uniform", "kakeya-4.6x-trellis"),
+            ("", "no recipe"),
             ("{\"ratio\": 100}", "2.7..=9.0"),
             ("{\"bits\": 3}", "unknown field"),
             ("{\"base\": \"kakeya\"}", "valid:"),
@@ -214,6 +230,6 @@ mod tests {
             let e = Recipe::parse(text).unwrap_err().to_string();
             assert!(e.contains(part), "{text}: {e}");
         }
-        assert_eq!(Recipe::parse("{\"quantizer\":\"uniform\"}").unwrap().quantizer, Quantizer::Uniform);
+        assert_eq!(Recipe::parse("{\"quantizer\":\"trellis\"}").unwrap().quantizer, Quantizer::Trellis);
     }
 }

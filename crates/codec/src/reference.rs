@@ -3,7 +3,7 @@
 
 use crate::codec::{Codec, StreamTables};
 use crate::error::Result;
-use crate::grid::Grid;
+use crate::grid::{Grid, even_error, even_step};
 use crate::hadamard;
 use crate::layout::PageLayout;
 use crate::page::{self, Header};
@@ -63,26 +63,27 @@ fn block_means(codec: &Codec, t: &StreamTables, rows: &Block, exact: &[bool; BLO
         .unzip()
 }
 
-/// The scale code of a channel, of those beside the deviation's, whose codes leave the least squared error over the ordinary
-/// tokens; the earlier candidate of equal ones. A trellis keeps the deviation's: what its path leaves is known too late.
+/// The scale code of a channel, of those beside the deviation's, by which an even grid of the channel's width leaves the least
+/// squared error over the ordinary tokens; the earlier candidate of equal ones. The even grid stands for the other quantisers
+/// too: on Gaussian and heavier tails its choice leaves within 5 % of what their own best scale would, and the path of a
+/// trellis is known too late.
 fn best_scale(codec: &Codec, width: u8, code: u8, sigma: f32, of: impl Fn(usize) -> Option<f32>) -> u8 {
-    if width == 0 || codec.recipe().quantizer == Quantizer::Trellis {
+    if width == 0 {
         return code;
     }
-    let grid = &codec.grids[usize::from(width)];
+    let width = usize::from(width);
     let mut best = (code, f32::INFINITY);
     for n in 0..SCALE_ATTEMPTS {
         let Some(candidate) = codec.stats.candidate(code, best.0, n) else { continue };
-        let scale = codec.stats.scale(candidate, sigma);
-        let inverse = 1.0 / scale;
+        let step = codec.stats.scale(candidate, sigma) * even_step(width);
+        let inverse = 1.0 / step;
         let sum = block_sum(|j| {
             of(j).map_or(0.0, |x| {
-                let z = x * inverse;
-                let e = z - grid.points[grid.nearest(z) as usize];
+                let e = even_error(x * inverse - 0.5, width);
                 e * e
             })
         });
-        let cost = sum * (scale * scale);
+        let cost = sum * (step * step);
         if cost < best.1 {
             best = (candidate, cost);
         }

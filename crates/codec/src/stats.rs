@@ -80,7 +80,7 @@ impl StatsCoder {
         }
     }
 
-    /// Scale code that sealing with a scalar quantiser tries for a channel in attempt `n` of [`SCALE_ATTEMPTS`]: its deviation's
+    /// Scale code that sealing tries for a channel in attempt `n` of [`SCALE_ATTEMPTS`]: its deviation's
     /// `own`, a quarter octave less, one more (next among calibrated factors, two steps among free ones), then as much again on
     /// the side where `best` of these lies. None past the ends, or where there is no such side.
     #[inline(always)]

@@ -8,8 +8,13 @@ mod common;
 use kakeya_codec::{BLOCK, Rows};
 use std::path::PathBuf;
 
-const RECIPES: [&str; 5] =
-    ["kakeya-4.6x", "kakeya-4.6x-lloyd-max", "kakeya-4.6x-uniform", "kakeya-6.4x", "kakeya-free-4.6x"];
+const RECIPES: [&str; 5] = [
+    "kakeya-4.6x-trellis",
+    "kakeya-4.6x-lloyd-max",
+    "kakeya-4.6x",
+    "kakeya-6.4x-trellis",
+    "kakeya-free-4.6x-trellis",
+];
 
 #[test]
 fn golden_pages_open_and_seal_the_same() {

@@ -124,7 +124,7 @@ fn calibrated_error_is_what_the_allocation_predicts() {
 /// Text unlike the calibration's, far beyond its deviations, degrades gracefully: no overflow, error below the signal.
 #[test]
 fn calibrated_pages_survive_what_calibration_never_saw() {
-    for name in ["kakeya-4.6x", "kakeya-4.6x-uniform"] {
+    for name in ["kakeya-4.6x", "kakeya-4.6x-trellis"] {
         let c = common::codec(name, &common::shape(128, false, 128));
         for factor in [0.0f32, 1e-30, 0.01, 8.0, 1e4] {
             let (k, v) = common::natural_block(&c, 0, 0, 1, 5);

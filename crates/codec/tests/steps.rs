@@ -168,7 +168,7 @@ fn exact(q: &[f32], seen: &[(Vec<f32>, Vec<f32>)]) -> (Vec<f64>, f64) {
 
 #[test]
 fn token_by_token_equals_at_once() {
-    for recipe in ["kakeya-4.6x", "kakeya-free-5.3x-uniform"] {
+    for recipe in ["kakeya-4.6x-trellis", "kakeya-free-5.3x"] {
         for cuts in
             [vec![300], vec![128, 256, 300], (1..=300).collect::<Vec<_>>(), vec![100, 200, 256, 257, 300]]
         {
@@ -200,8 +200,8 @@ fn token_by_token_equals_at_once() {
 #[test]
 fn attention_is_that_of_the_opened_pages() {
     for (recipe, d, interleaved, rotary) in [
-        ("kakeya-4.6x", 64, false, 64),
-        ("kakeya-free-4.6x-uniform", 128, true, 64),
+        ("kakeya-4.6x-trellis", 64, false, 64),
+        ("kakeya-free-4.6x", 128, true, 64),
         ("kakeya-5.3x-lloyd-max", 96, false, 0),
     ] {
         for (tokens, from) in [(1, 0), (128, 127), (129, 128), (300, 0), (300, 140), (300, 299), (700, 513)] {

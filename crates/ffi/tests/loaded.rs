@@ -184,7 +184,7 @@ fn hostile_texts_and_artefacts_are_taken_or_refused() {
     let artefact = stranger::artefact();
     let codec = library.codec("kakeya-4.6x", &artefact).unwrap();
     library.free(codec);
-    let recipe = r#"{"base":"kakeya-4.6x","ratio":4.6,"quantizer":"uniform","min_slots":1,"menu":16}"#;
+    let recipe = r#"{"base":"kakeya-4.6x","ratio":4.6,"quantizer":"trellis","min_slots":1,"menu":16}"#;
     let mut random = stranger::Random(11);
     // JSON's own characters find more ways through a parser than noise does.
     let alphabet = b"{}[]\",:0123456789.-+eE \0\xfftruefalsn";

@@ -18,24 +18,13 @@ fn main() -> std::io::Result<()> {
     let mut number = |default: usize| args.next().map_or(default, |x| x.parse().expect("a number"));
     let (blocks, heads) = (number(24), number(2));
     std::fs::create_dir_all(&dir)?;
-    let uniform = "kakeya-4.6x-uniform";
+    let (uniform, trellis) = ("kakeya-4.6x", "kakeya-4.6x-trellis");
     let lloyd = "kakeya-4.6x-lloyd-max";
     for (d, rotary, names) in [
-        (64, 64, vec!["kakeya-4.6x", uniform, lloyd, "kakeya-free-4.6x"]),
-        (
-            128,
-            128,
-            vec![
-                "kakeya-4.6x",
-                uniform,
-                lloyd,
-                "kakeya-free-4.6x",
-                "kakeya-6.4x-uniform",
-                "kakeya-4.0x-uniform",
-            ],
-        ),
+        (64, 64, vec![trellis, uniform, lloyd, "kakeya-free-4.6x-trellis"]),
+        (128, 128, vec![trellis, uniform, lloyd, "kakeya-free-4.6x-trellis", "kakeya-6.4x", "kakeya-4.0x"]),
         (128, 64, vec![uniform]), // partial rotary embedding
-        (256, 256, vec!["kakeya-4.6x", uniform]),
+        (256, 256, vec![trellis, uniform]),
     ] {
         for name in names {
             let mut shape = common::shape(d, false, rotary);

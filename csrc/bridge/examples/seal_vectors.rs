@@ -15,11 +15,11 @@ const MAGIC: u64 = 0x324c_4145_534b_414b;
 const LAYER: usize = 1;
 /// (recipe, whether its elements are f16).
 const RECIPES: [(&str, bool); 5] = [
-    ("kakeya-4.6x", false),
-    ("kakeya-4.6x-uniform", true),
+    ("kakeya-4.6x-trellis", false),
+    ("kakeya-4.6x", true),
     ("kakeya-6.4x-lloyd-max", false),
-    ("kakeya-free-4.6x", true),
-    ("kakeya-free-6.4x-uniform", false),
+    ("kakeya-free-4.6x-trellis", true),
+    ("kakeya-free-6.4x", false),
 ];
 
 /// Elements of one type.

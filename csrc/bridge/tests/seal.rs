@@ -48,7 +48,7 @@ fn pages_equal_the_codec_byte_for_byte() {
 
 #[test]
 fn hostile_input_too() {
-    for name in ["kakeya-4.6x", "kakeya-free-4.6x", "kakeya-free-4.6x-uniform"] {
+    for name in ["kakeya-4.6x-trellis", "kakeya-free-4.6x-trellis", "kakeya-free-4.6x"] {
         let c = common::codec(name, &common::shape(64, false, 64));
         let t = words(&tables(&c));
         let (k, v) = common::natural_block(&c, 0, 0, 2, 3);
@@ -71,7 +71,7 @@ fn hostile_input_too() {
 
 #[test]
 fn what_is_no_page_opens_as_nan() {
-    let c = common::codec("kakeya-4.6x", &common::shape(64, false, 64));
+    let c = common::codec("kakeya-4.6x-trellis", &common::shape(64, false, 64));
     let t = words(&tables(&c));
     let (k, v) = common::natural_block(&c, 0, 0, 2, 3);
     let mut page = vec![0; c.page_bytes()];
