@@ -107,7 +107,7 @@ struct alignas(16) SealTables {
   // Cells of alphabets of s symbol bits at 4 * 2^s, 4 * 2^s of them: then none holds two thresholds.
   Cell cells[1024];
   Cells cells_of[kMaxUnits];  // by symbol bits
-  float even_steps[8];  // by width: of the even grid by which scales are compared, in deviations
+  float even_steps[8];        // by width: of the even grid by which scales are compared, in deviations
   float factors[256], scale_thresholds[256];
 };
 static_assert(sizeof(SealTables) == 16 * kWindows + 8 * 1024 + 12 * kMaxUnits + 32 + 8 * 256, "as device.rs writes it");
@@ -117,7 +117,6 @@ static_assert(sizeof(SealTables) == 16 * kWindows + 8 * 1024 + 12 * kMaxUnits + 
 struct alignas(16) Coded {
   int32_t channel;
   float inverse, base;
-  float cost;  // of the best scale tried so far
 };
 
 // What the threads that seal one stream share.
@@ -141,6 +140,8 @@ struct alignas(16) SealState {
   alignas(16) float base[D];
   alignas(16) float inverse[D];  // without calibration: weights of the score
   Coded coded[D];
+  float left[D];        // by the best of the scales tried
+  uint8_t width_of[D];  // by channel
   alignas(16) uint16_t order[D];
   alignas(16) int32_t score[kBlock];            // in total order
   alignas(16) uint8_t active[kMaxActive + 16];  // as in HeadView
@@ -151,7 +152,7 @@ struct alignas(16) SealState {
   uint16_t means[D], canonical[D];
   uint16_t exact[8];  // bit k of w: token 16 w + k is exact
   uint8_t scales[D];
-  // Counts of better scores, a half of the block each; later, by code position, the deviation's scale code.
+  // Counts of better scores, a half of the block each; later, by channel, the deviation's scale code.
   uint8_t better[2 * kBlock];
   static_assert(D <= 2 * kBlock, "a byte a channel");
   uint8_t tokens[kMaxSlots], slot_of[kBlock];
@@ -631,9 +632,9 @@ KAKEYA_HD void seal_residual(SealState<D> &s, int thread) {
   }
 }
 
-// Block scales of each channel: the number of thresholds below the ratio. From here on channels go in code order.
+// Block scales of each channel by its deviation: the number of thresholds below the ratio.
 template <int D>
-KAKEYA_HD void seal_scales(SealState<D> &s, int thread) {
+KAKEYA_HD void seal_scales(SealState<D> &s, int thread, const uint8_t *widths) {
   const float ordinary = float(kBlock - int(s.layout.num_slots));
   for (int n = thread; n < D; n += kSealThreads) {
     const int i = s.order[n];
@@ -646,8 +647,9 @@ KAKEYA_HD void seal_scales(SealState<D> &s, int thread) {
       else
         hi = mid;
     }
-    s.scales[i] = s.better[n] = uint8_t(lo);
-    s.coded[n] = {i, 1.0f / (s.tables.factors[lo] * s.sigma[i]), s.base[i], bits_float(0x7f800000u)};
+    s.scales[i] = s.better[i] = uint8_t(lo);
+    s.left[i] = bits_float(0x7f800000u);
+    s.width_of[i] = widths[n / Unit<D>::channels];
   }
 }
 
@@ -657,14 +659,12 @@ KAKEYA_HD float normalised(float x, const Coded &coded) {
   return (K ? x : x - coded.base) * coded.inverse;
 }
 
-// Attempts at a channel's scale, as crates/codec/src/stats.rs has them.
-constexpr int kScaleAttempts = 4;
-
-// Scale code that is tried for a channel: the deviation's, a quarter octave less, one more, then as
-// much again on the side where the best of these lies. Negative where that is past the end, or there is no such side.
+// Scale code that is tried for a channel, as crates/codec/src/stats.rs has it: the deviation's, a quarter octave less,
+// one more, then as much again on the side where the best of these lies. Negative where that is past the end, or there
+// is no such side.
 template <int D>
-KAKEYA_HD int scale_candidate(const SealState<D> &s, int position, int channel, int attempt) {
-  const int step = s.calibrated ? 1 : 2, own = s.better[position], best = s.scales[channel];
+KAKEYA_HD int scale_candidate(const SealState<D> &s, int channel, int attempt) {
+  const int step = s.calibrated ? 1 : 2, own = s.better[channel], best = s.scales[channel];
   if (attempt == 3 && best == own) return -1;
   const int tried = attempt == 0 ? own : attempt == 1 ? own - step : attempt == 2 ? own + step : 2 * best - own;
   return tried < int(s.scale_codes) ? tried : -1;
@@ -672,8 +672,8 @@ KAKEYA_HD int scale_candidate(const SealState<D> &s, int position, int channel, 
 
 // Step of the even grid, of a channel's width, that compares scales.
 template <int D>
-KAKEYA_HD float even_step(const SealState<D> &s, int code, int channel, int width) {
-  return s.tables.factors[code] * s.sigma[channel] * s.tables.even_steps[width];
+KAKEYA_HD float even_step(const SealState<D> &s, int code, int channel) {
+  return s.tables.factors[code] * s.sigma[channel] * s.tables.even_steps[s.width_of[channel]];
 }
 
 // What an even grid leaves of u, as crates/codec/src/grid.rs has it; half: 2^(width - 1).
@@ -683,41 +683,88 @@ KAKEYA_HD float even_error(float u, float half) {
   return u - ((inside + magic) - magic);
 }
 
-// Partial sums, over sixteen neighbouring tokens, of what an even grid leaves of a channel at a scale tried, squared.
-template <int D, bool K>
-KAKEYA_HD void seal_scale_sums(SealState<D> &s, int thread, int attempt) {
+// While scales are compared, a thread sums up so many of a channel's eight parts: about as many tasks as threads, and
+// the sums of three attempts fit into `part`.
+template <int D>
+constexpr int kPartsTogether = D == 64 ? 2 : 4;
+template <int D>
+constexpr int kPieces = 8 / kPartsTogether<D>;
+
+// Sums of what an even grid leaves of a channel, squared, at the scales of `Count` attempts from `First` on. Each is
+// summed as channel_sum would.
+template <int D, bool K, int First, int Count>
+KAKEYA_HD void seal_scale_sums(SealState<D> &s, int thread) {
+  constexpr int together = kPartsTogether<D>;
+  static_assert(Count * kPieces<D> * D * sizeof(float) <= sizeof s.part, "room for the sums");
   KAKEYA_ROLLED
-  for (int e = thread; e < 8 * D; e += kSealThreads) {
-    const int w = e / D, n = e % D, width = s.widths[K ? 0 : 1][n / Unit<D>::channels];
-    Coded coded = s.coded[n];
-    const int code = scale_candidate(s, n, coded.channel, attempt);
-    if (width == 0 || code < 0) continue;
-    coded.inverse = 1.0f / even_step(s, code, coded.channel, width);
-    const float half = float(1 << width >> 1);
-    const uint32_t exact = s.exact[w];
-    float sum = 0.0f;
-    KAKEYA_UNROLL_4
-    for (int k = 0; k < 16; ++k) {
-      const float left =
-          even_error(normalised<K>(s.rows[(16 * w + k) * s.stride + coded.channel], coded) - 0.5f, half);
-      sum += exact >> k & 1u ? 0.0f : left * left;
+  for (int e = thread; e < kPieces<D> * D; e += kSealThreads) {
+    const int piece = e / D, i = e % D, width = s.width_of[i];
+    if (width == 0) continue;
+    const float half = float(1 << width >> 1), base = K ? 0.0f : s.base[i];
+    float inverse[Count], sums[Count][together];
+    bool any = false;
+    KAKEYA_UNROLL
+    for (int c = 0; c < Count; ++c) {
+      const int code = scale_candidate(s, i, First + c);
+      any |= code >= 0;
+      inverse[c] = 1.0f / even_step(s, code < 0 ? s.better[i] : code, i);
     }
-    s.part[w * D + n] = sum;
+    if (!any) continue;
+    KAKEYA_UNROLL
+    for (int p = 0; p < together; ++p) {
+      const int w = piece * together + p;
+      const uint32_t exact = s.exact[w];
+      KAKEYA_UNROLL
+      for (int c = 0; c < Count; ++c) sums[c][p] = 0.0f;
+      KAKEYA_UNROLL_4
+      for (int k = 0; k < 16; ++k) {
+        const float row = s.rows[(16 * w + k) * s.stride + i], x = K ? row : row - base;
+        KAKEYA_UNROLL
+        for (int c = 0; c < Count; ++c) {
+          const float left = even_error(x * inverse[c] - 0.5f, half);
+          sums[c][p] += exact >> k & 1u ? 0.0f : left * left;
+        }
+      }
+    }
+    KAKEYA_UNROLL
+    for (int c = 0; c < Count; ++c) {
+      const float *p = sums[c];
+      s.part[(c * kPieces<D> + piece) * D + i] =
+          together == 2 ? p[0] + p[1] : (p[0] + p[1]) + (p[2 % together] + p[3 % together]);
+    }
   }
 }
 
-// The scale that leaves least, the first of equal ones.
-template <int D, bool K>
-KAKEYA_HD void seal_scale_choose(SealState<D> &s, int thread, int attempt) {
-  for (int n = thread; n < D; n += kSealThreads) {
-    const int i = s.order[n], code = scale_candidate(s, n, i, attempt);
-    const int width = s.widths[K ? 0 : 1][n / Unit<D>::channels];
-    if (width == 0 || code < 0) continue;
-    const float step = even_step(s, code, i, width), cost = channel_sum(s, n) * (step * step);
-    if (!(cost < s.coded[n].cost)) continue;
-    s.coded[n].cost = cost;
-    s.coded[n].inverse = 1.0f / (s.tables.factors[code] * s.sigma[i]);
+// Of these attempts and what was best before, the scale that leaves least; the first of equal ones.
+template <int D, int First, int Count>
+KAKEYA_HD void choose_scale(SealState<D> &s, int i) {
+  constexpr int pieces = kPieces<D>;
+  if (s.width_of[i] == 0) return;
+  KAKEYA_UNROLL
+  for (int c = 0; c < Count; ++c) {
+    const int code = scale_candidate(s, i, First + c);
+    if (code < 0) continue;
+    const float *p = s.part + c * pieces * D + i;
+    const float sum = pieces == 2 ? p[0] + p[D] : (p[0] + p[D]) + (p[2 % pieces * D] + p[3 % pieces * D]);
+    const float step = even_step(s, code, i), cost = sum * (step * step);
+    if (!(cost < s.left[i])) continue;
+    s.left[i] = cost;
     s.scales[i] = uint8_t(code);
+  }
+}
+
+template <int D>
+KAKEYA_HD void seal_scale_of_three(SealState<D> &s, int thread) {
+  for (int i = thread; i < D; i += kSealThreads) choose_scale<D, 0, 3>(s, i);
+}
+
+// The last attempt; the scales then stand. From here on channels go in code order.
+template <int D>
+KAKEYA_HD void seal_scale_stands(SealState<D> &s, int thread) {
+  for (int n = thread; n < D; n += kSealThreads) {
+    const int i = s.order[n];
+    choose_scale<D, 3, 1>(s, i);
+    s.coded[n] = {i, 1.0f / (s.tables.factors[s.scales[i]] * s.sigma[i]), s.base[i]};
   }
 }
 
@@ -1088,11 +1135,11 @@ KAKEYA_HD void seal_end(const SealJob &job, SealState<D> &s, Run run) {
   run([&](int t) { seal_mean_sums<D, K>(s, t); });
   run([&](int t) { seal_means(s, t); });
   run([&](int t) { seal_residual<D, K>(s, t); });
-  run([&](int t) { seal_scales(s, t); });
-  for (int attempt = 0; attempt < kScaleAttempts; ++attempt) {
-    run([&](int t) { seal_scale_sums<D, K>(s, t, attempt); });
-    run([&](int t) { seal_scale_choose<D, K>(s, t, attempt); });
-  }
+  run([&](int t) { seal_scales(s, t, s.widths[K ? 0 : 1]); });
+  run([&](int t) { seal_scale_sums<D, K, 0, 3>(s, t); });
+  run([&](int t) { seal_scale_of_three(s, t); });
+  run([&](int t) { seal_scale_sums<D, K, 3, 1>(s, t); });
+  run([&](int t) { seal_scale_stands(s, t); });
   run([&](int t) { seal_exact<D, K>(s, t); });
   run([&](int t) { seal_codes<D, K>(job, s, t); });
   run([&](int t) { seal_peaks(s, t); });
