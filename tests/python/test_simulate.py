@@ -33,9 +33,9 @@ def run(
     model: str, passages: list[list[int]], directory: Path, cache: Cache, reference: str
 ) -> tuple[dict, TokenFigures]:
     out = str(directory / "figures.npz")
-    spec = {"model": model, "passages": passages, "cache": cache, "dtype": "float32"}
+    spec = {"model": model, "passages": passages, "caches": [cache], "dtype": "float32"}
     environment = {"KAKEYA_RECIPE": RECIPE, "KAKEYA_CALIBRATION": ""}
-    about = protocol.in_child(spec | {"reference": reference, "figures": out}, environment)
+    (about,) = protocol.in_child(spec | {"reference": reference, "figures": [out]}, environment)
     if cache.name == REFERENCE:
         return about, None
     with np.load(out) as saved:
