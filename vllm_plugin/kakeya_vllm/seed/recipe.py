@@ -253,6 +253,13 @@ def _presets() -> dict[str, SeedRecipe]:
         # One mistake at a time: only the residual's length is restored.
         b2 = {"variance_ratio": 0.95}
         found[f"{name}-vr0.95"] = found[name].changed(f"{name}-vr0.95", b2)
+    everywhere = {"boundary_depth": 0, "boundary_interior": False}
+    for name, base, switches in (
+        ("v1.3-sigma-averaged", "v1.3-sigma", {"sigma_lags": "averaged"}),
+        ("v1.3-ppl-no-boundary", "v1.3-ppl", everywhere),
+        ("v1.3-ppl-v-outliers", "v1.3-ppl", {"v_outlier_threshold": 2.0}),
+    ):
+        found[name] = found[base].changed(name, switches)
     others = {
         "v1.3-per-head": _PER_HEAD | {"boundary_depth": 2},
         "v1.3-snapa": _SNAPA,
