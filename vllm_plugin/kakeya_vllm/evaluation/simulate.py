@@ -149,28 +149,40 @@ class Hooks:
                 n: kwargs[n] for n in names if n in kwargs
             }
             k, v = values["key"], values["value"]
-            if k.shape[0] != self.prefix or index not in self.chosen:
+            chosen = index in self.chosen
+            if k.shape[0] != self.prefix or not (chosen or self.mode == "snapshot"):
                 return None
-            self.fired += 1
-            rows = k.reshape(-1, heads, dim), v.reshape(-1, heads, dim)
+            self.fired += chosen
             if self.mode == "snapshot" and not self.capture:
                 new = self.kept.pop(index)
             else:
-                new = self.coder.round_trip(index, *rows, self.blocks)
-                self._measure(index, rows, new)
-                self.sizes.add(index, self.coder.stored, self.streams, rows)
+                rows = k.reshape(-1, heads, dim), v.reshape(-1, heads, dim)
+                new = self._coded(index, rows) if chosen else rows
                 if self.mode == "snapshot":
-                    self.kept[index] = new
+                    # What stays uncompressed is kept too: computed again, above coded layers, it
+                    # would be what errors below made of it.
+                    self.kept[index] = tuple(x.clone() for x in new)
             if self.mode == "observe" or self.capture:
                 return None
-            values["key"] = new[0].reshape(k.shape) if "k" in self.streams else k
-            values["value"] = new[1].reshape(v.shape) if "v" in self.streams else v
+            values["key"], values["value"] = (
+                x.reshape(old.shape) for x, old in zip(new, (k, v), strict=True)
+            )
             return (
                 tuple(values[n] for n in names[: len(args)]) + args[len(names) :],
                 kwargs | {n: values[n] for n in names if n in kwargs},
             )
 
         return hook
+
+    def _coded(self, index: int, rows: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer with the streams that are compressed coded; measured and counted."""
+        new = self.coder.round_trip(index, *rows, self.blocks)
+        self._measure(index, rows, new)
+        self.sizes.add(index, self.coder.stored, self.streams, rows)
+        return tuple(
+            x if stream in self.streams else old
+            for stream, x, old in zip("kv", new, rows, strict=True)
+        )
 
     def stored(self) -> dict[str, float] | None:
         """Bytes a token that all layers' prefixes would take as coded, and their ratio to bf16;

@@ -23,7 +23,7 @@ def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"length {length} is not a power of two")
     shape, step = x.shape, 1
     while step < length:
-        pairs = x.reshape(*shape[:-1], -1, 2, step)
+        pairs = x.reshape(*shape[:-1], length // (2 * step), 2, step)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((a + b, a - b), -2).reshape(shape)
         step *= 2
