@@ -169,3 +169,18 @@ def test_bf16_keys_in_a_wider_tensor_are_coded_as_they_are():
 def test_an_overflow_names_layer_and_stream():
     with pytest.raises(ValueError, match="layer 4, v: the mean of a block"):
         coder(find("v1.3-bare")).round_trip(4, KEYS, VALUES + 1e5, 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["v1.3-bare", "v1.3-sigma", "v1.3-snapf", "turboquant-sim-k8v4"])
+def test_a_gpu_codes_as_the_cpu_does(name):
+    recipe, device = find(name).changed("x", {"boundary_depth": 0}), torch.device("cuda")
+    here = coder(recipe, artefact())
+    there = SeedCoder(recipe, (LAYERS, HEADS, D), ROPE, device, artefact())
+    one = here.round_trip(3, KEYS, VALUES, 8)
+    other = there.round_trip(3, KEYS.to(device), VALUES.to(device), 8)
+    assert here.stored == there.stored
+    for x, a, b in zip((KEYS, VALUES), one, other, strict=True):
+        # Sums in another order choose another centre here and there.
+        assert b.device.type == "cuda"
+        assert (b.cpu() - x).norm() == pytest.approx((a - x).norm(), rel=0.02)
