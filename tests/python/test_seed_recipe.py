@@ -93,6 +93,7 @@ def test_a_file_changes_single_switches(tmp_path):
         ({"clusters": 0, "second_clusters": 4}, "second_clusters without clusters"),
         ({"key_position": "post-rope"}, "valid key_position: pre-rope"),
         ({"boundary_mode": "fp8"}, "valid: bf16, conservative"),
+        ({"boundary_mode": "conservative", "k_codec": "e8"}, "conservative with codec e8; valid"),
         ({"condition_cap": 0.5}, "numbers from 1.0"),
         ({"codec": "d4", "q": 0}, "q 0; valid"),
     ],

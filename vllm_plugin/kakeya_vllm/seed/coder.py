@@ -94,11 +94,11 @@ class SeedCoder:
     ) -> torch.Tensor:
         """``original`` with the rows that are coded replaced; sets ``stored`` of the stream."""
         recipe: StreamRecipe = getattr(self.recipe, stream)
-        conservative = False
-        if layer in self.boundary:
-            conservative = self.recipe.boundary_mode == "conservative"
-            if not conservative:
-                recipe = dataclasses.replace(recipe, codec="raw")
+        if layer in self.boundary and self.recipe.boundary_mode == "bf16":
+            recipe = dataclasses.replace(recipe, codec="raw")
+        elif layer in self.boundary:
+            bits = self.recipe.boundary_bits
+            recipe = dataclasses.replace(recipe, bits=bits, table="gaussian")
         if recipe.codec == "raw":
             self.stored[stream] = original.numel() * RAW_BYTES
             return original
@@ -109,7 +109,7 @@ class SeedCoder:
             coded = rows + recipe.noise * rows.square().mean().sqrt() * drawn
             done, size = rows.numel() // d, rows.numel() * RAW_BYTES
         elif recipe.codec == "pca":
-            coded, done, size = self._blocks(stream, layer, rows, recipe, conservative)
+            coded, done, size = self._blocks(stream, layer, rows, recipe)
         else:
             coded, done = turboquant.round_trip(rows, recipe), rows.numel() // d
             size = done * turboquant.row_bits(recipe, d) // 8
@@ -125,11 +125,11 @@ class SeedCoder:
         return new
 
     def _blocks(
-        self, stream: str, layer: int, rows: torch.Tensor, recipe: StreamRecipe, conservative: bool
+        self, stream: str, layer: int, rows: torch.Tensor, recipe: StreamRecipe
     ) -> tuple[torch.Tensor, int, int]:
         """Rows with whole blocks coded, how many rows these are, and their bytes."""
         whitened = stream == "k" and layer in self.factors
-        codec = self._codec(stream, recipe, whitened, conservative)
+        codec = self._codec(stream, recipe, whitened)
         blocks = blocks_of(rows, recipe)
         streams, count, n, d = blocks.shape
         done = streams * count * n
@@ -148,14 +148,9 @@ class SeedCoder:
             coded.view(-1, d)[:done] = decoded[0]
         return coded, done, codec.stored_bytes(encoded, d)
 
-    def _codec(
-        self, stream: str, recipe: StreamRecipe, whitened: bool, conservative: bool
-    ) -> BlockCodec:
-        key = (stream, whitened, conservative)
+    def _codec(self, stream: str, recipe: StreamRecipe, whitened: bool) -> BlockCodec:
+        key = (stream, recipe, whitened)
         if key not in self.codecs:
-            if conservative:
-                bits = self.recipe.boundary_bits
-                recipe = dataclasses.replace(recipe, bits=bits, table="gaussian")
             table = None
             if recipe.table == "calibrated":
                 kind = "k_plain" if stream == "k" and not self.recipe.sigma_q else stream

@@ -50,7 +50,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "boundary_depth": (0, 1000),
     "boundary_bits": (1, 4),
 }
-# Bits that a codec has; one of 1 to 4 levels' tables for "pca" and "lloyd-max".
+# Codecs that have bits, and how many.
 _BITS = {"pca": (1, 4), "lloyd-max": (1, 4), "uniform": (1, 8), "absmax": (2, 8)}
 
 
@@ -177,6 +177,13 @@ class SeedRecipe:
                 isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in layers
             ):
                 raise RecipeError(f"{name} {layers!r}; valid: a list of layer numbers from 0")
+        if self.boundary_mode == "conservative":
+            for stream in (self.k, self.v):
+                if stream.codec not in _BITS:
+                    raise RecipeError(
+                        f"boundary_mode conservative with codec {stream.codec}; valid codecs: "
+                        f"{', '.join(_BITS)}"
+                    )
         if self.sigma_q and self.key_position != "pre-rope":
             raise RecipeError("sigma_q is of queries before RoPE; valid key_position: pre-rope")
 
