@@ -120,6 +120,23 @@ def test_row_41_what_is_behind_the_coded_prefix_is_untouched(name):
             assert made.stored["k"] == 2 * KEYS.numel()
 
 
+@pytest.mark.parametrize("name", ["v1.3-bare", "v1.3-per-head", "e8-4"])
+def test_the_first_tokens_may_be_kept_and_are_counted(name):
+    plain, kept = (find(n).changed("x", {"boundary_depth": 0}) for n in (name, name + "-sink"))
+    assert kept.sink_tokens == 4
+    one, other = coder(plain), coder(kept)
+    for x, a, b in zip(
+        (KEYS, VALUES),
+        one.round_trip(2, KEYS, VALUES, 8),
+        other.round_trip(2, KEYS, VALUES, 8),
+        strict=True,
+    ):
+        assert torch.equal(b[:4], x[:4])
+        assert torch.equal(b[4:], a[4:])
+    for stream in "kv":
+        assert other.stored[stream] == one.stored[stream] + 4 * HEADS * D * 2
+
+
 def test_row_50_noise_has_the_size_that_was_asked_for():
     for size in (0.01, 0.1):
         for loss in losses(find(f"noise-{size}")):

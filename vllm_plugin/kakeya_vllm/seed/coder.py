@@ -121,6 +121,9 @@ class SeedCoder:
             new[:tokens] = coded[:tokens].to(new.dtype)
         else:
             new.view(-1, d)[:done] = coded.reshape(-1, d)[:done].to(new.dtype)
+        sinks = min(self.recipe.sink_tokens, rows.shape[0])
+        new[:sinks] = original[:sinks]
+        size += original[:sinks].numel() * RAW_BYTES
         self.stored[stream] = size + (original.numel() - done * d) * RAW_BYTES
         return new
 

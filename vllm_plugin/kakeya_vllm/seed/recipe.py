@@ -49,6 +49,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "condition_cap": (1.0, 1e9),
     "boundary_depth": (0, 1000),
     "boundary_bits": (1, 4),
+    "sink_tokens": (0, 128),
 }
 # Codecs that have bits, and how many.
 _BITS = {"pca": (1, 4), "lloyd-max": (1, 4), "uniform": (1, 8), "absmax": (2, 8)}
@@ -150,7 +151,8 @@ class SeedRecipe:
     ``sigma_lags``: "averaged" takes the mean over 2,048 lags of rotary embedding. Uncompressed
     layers: ``boundary_depth`` at either end, with ``boundary_interior`` those at a quarter and at
     half of the depth, and ``boundary_layers``; ``boundary_mode`` "conservative" codes them with
-    ``boundary_bits`` instead.
+    ``boundary_bits`` instead. ``sink_tokens``: so many first tokens of a sequence are kept
+    uncompressed as well, beside their codes; the seed had nothing of this kind.
     """
 
     name: str
@@ -168,6 +170,7 @@ class SeedRecipe:
     boundary_layers: tuple[int, ...] = ()
     boundary_mode: str = "bf16"
     boundary_bits: int = 4
+    sink_tokens: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
@@ -303,6 +306,8 @@ def _rows(name: str, **switches: Any) -> SeedRecipe:
 
 
 PRESETS = _presets()
+# After any name but a file's: the first tokens uncompressed.
+SINK, SINK_TOKENS = "-sink", 4
 # Names with a number: what they are, and the recipe of the number.
 FAMILIES: dict[str, tuple[re.Pattern[str], Any]] = {
     "d4-Q": (re.compile(r"d4-(\d+)"), lambda n, q: _rows(n, codec="d4", q=int(q))),
@@ -317,7 +322,7 @@ FAMILIES: dict[str, tuple[re.Pattern[str], Any]] = {
 
 def names() -> list[str]:
     """Every name that is valid."""
-    return [*PRESETS, *FAMILIES]
+    return [*PRESETS, *FAMILIES, f"any of these with {SINK}"]
 
 
 def find(name: str | None) -> SeedRecipe | None:
@@ -329,6 +334,8 @@ def find(name: str | None) -> SeedRecipe | None:
         return None
     if name in PRESETS:
         return PRESETS[name]
+    if name.endswith(SINK) and (base := find(name.removesuffix(SINK))):
+        return base.changed(name, {"sink_tokens": SINK_TOKENS})
     for pattern, make in FAMILIES.values():
         if found := pattern.fullmatch(name):
             return make(name, found[1])
