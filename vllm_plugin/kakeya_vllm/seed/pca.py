@@ -87,14 +87,15 @@ def fit(
     variance*, which is what the seed did.
     """
     mean, covariance = moments(x, weights)
-    width = x.shape[-1]
+    # Small factorisations, which a GPU does one after the other and slower than a CPU.
+    covariance, width = covariance.cpu(), x.shape[-1]
     if method == "exact":
         values, vectors = _descending(covariance)
         cap = min(rank_cap or width, width)
     else:
         cap = min(target_rank or max(width // 2, 8), width)
         sketched = min(cap + oversample, width)
-        span = _sketch(x, mean, weights, sketched, seed)
+        span = _sketch(x, mean, weights, sketched, seed).cpu()
         for _ in range(power_iterations):
             span = covariance @ torch.linalg.qr(span).Q
         span = torch.linalg.qr(span).Q
@@ -102,9 +103,9 @@ def fit(
         vectors = span @ inner
     rank = rank_of(values, variance_ratio, cap)
     width = int(rank.max())
-    kept = torch.arange(width, device=x.device) < rank[:, None]
-    rows = vectors[..., :width].transpose(1, 2) * kept[..., None]
-    return Basis(mean.to(dtype).float(), rows.to(dtype).float(), rank)
+    kept = torch.arange(width) < rank[:, None]
+    rows = (vectors[..., :width].transpose(1, 2) * kept[..., None]).to(x.device)
+    return Basis(mean.to(dtype).float(), rows.to(dtype).float(), rank.to(x.device))
 
 
 def _descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
