@@ -173,7 +173,7 @@ class Pools:
         for name, rows in streams.items():
             codec = self.codecs[name[0]]
             values = codec.residuals(blocks_of(rows, codec.recipe))
-            # Every so many: a block's values lie in no order that a stride could meet.
+            # Every so many: the transform has made the coordinates of a row alike.
             stride = -(-len(values) // self.limit)
             to = self.held_out if self.holding_out else self.fitted
             to[name].append(values[::stride].cpu())
