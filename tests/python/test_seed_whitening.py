@@ -103,3 +103,29 @@ def test_lags_are_averaged_as_scores_see_them():
     assert torch.equal(whitening.lag_averaged(s, None), s)
     # Fast pairs lose their direction: averaging can only better the condition.
     assert (torch.linalg.cond(got) < torch.linalg.cond(s)).all()
+
+
+def test_whitening_for_zero_lag_is_not_for_other_lags():
+    """Keys err along what queries at the same position do not see; RoPE turns it into their view.
+    A metric averaged over lags does not let them."""
+    rope = Rope(D, False, tuple(10000.0 ** (-2 * i / D) for i in range(D // 2)))
+    half = D // 2
+    # Queries see one coordinate of every pair only.
+    weight = torch.cat([torch.ones(half), torch.full((half,), 1e-3)]).double()
+    seen = torch.diag(weight)[None]
+    averaged = whitening.lag_averaged(seen, rope)
+    k = draw(2, 512, 1, D, seed=6).flatten(0, 1)
+    codec = BlockCodec(StreamRecipe(grouping="per-head"))
+
+    def coded(sigma):
+        lower, inverse = whitening.factors(sigma, 1e-3, None, "unit")
+        rows = whitening.whiten(k, lower).transpose(0, 1).reshape(1, 2, 512, D)
+        back = codec.decode(codec.encode(rows)).reshape(1, 1024, D).transpose(0, 1)
+        return (whitening.whiten(back, inverse) - k)[:, 0].double()
+
+    zero, mean = coded(seen), coded(averaged)
+    at_once, later = (
+        (lambda e, s=s: float(((e @ s[0]) * e).sum(1).mean())) for s in (seen, averaged)
+    )
+    assert at_once(zero) < at_once(mean)
+    assert later(mean) < later(zero)
