@@ -309,3 +309,11 @@ def test_percentages_have_sensible_digits(delta, shown):
 )
 def test_divergences_have_sensible_digits(kl, shown):
     assert f" {shown} [" in check(make_result(make_run(kl=kl))).text
+
+
+def test_bytes_of_simulated_caches_carry_a_star():
+    stored = {"bytes_per_token": 3791.25, "ratio": 6.08}
+    run = make_run("v1.3-bare", ratio=6.08, cache=None, stored=stored)
+    page = check(make_result(run, make_run()))
+    assert "3,791*" in page.text
+    assert "6.08×*" in page.text

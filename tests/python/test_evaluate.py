@@ -206,6 +206,13 @@ def test_report_names_every_figure():
         assert part in text
 
 
+def test_ratio_and_bytes_of_a_simulated_cache_are_starred():
+    stored = {"bytes_per_token": 3791.25, "ratio": 6.077}
+    assert command._ratio({}, {"stored": stored, "cache": None}) == 6.077
+    assert command._ratio({}, {"stored": None, "cache": None}) is None
+    assert command._allocated({"stored": stored, "cache": None}) == ("3,791*", "")
+
+
 def test_answers_are_compared_from_their_first_difference():
     found = generation.compare([[1, 2, 3, 4], [5, 6], [7, 8]], [[1, 2, 9, 4], [5, 6], [0, 8]])
     assert found["first_difference"] == [2, 2, 0]

@@ -30,34 +30,50 @@ def passage(model: str) -> list[list[int]]:
 
 
 def run(
-    model: str, passages: list[list[int]], directory: Path, cache: Cache, reference: str
-) -> tuple[dict, TokenFigures]:
-    out = str(directory / "figures.npz")
-    spec = {"model": model, "passages": passages, "cache": cache, "dtype": "float32"}
+    model: str, passages: list[list[int]], directory: Path, caches: list[Cache], reference: str
+) -> list[tuple[dict, TokenFigures | None]]:
+    """What one engine says of its caches, and their figures (None of the reference)."""
+    files = [str(directory / f"figures-{i}.npz") for i in range(len(caches))]
+    spec = {"model": model, "passages": passages, "caches": caches, "dtype": "float32"}
     environment = {"KAKEYA_RECIPE": RECIPE, "KAKEYA_CALIBRATION": ""}
-    about = protocol.in_child(spec | {"reference": reference, "figures": out}, environment)
-    if cache.name == REFERENCE:
-        return about, None
-    with np.load(out) as saved:
-        return about, TokenFigures(**saved)
+    answers = protocol.in_child(spec | {"reference": reference, "figures": files}, environment)
+    found = []
+    for about, file, cache in zip(answers, files, caches, strict=True):
+        if cache.name == REFERENCE:
+            found.append((about, None))
+            continue
+        with np.load(file) as saved:
+            found.append((about, TokenFigures(**saved)))
+    return found
 
 
 def test_modes_against_each_other(model: str, passage: list[list[int]], tmp_path: Path) -> None:
-    """The identity changes nothing at all; a simulated snapshot is what the backend does."""
+    """The identity changes nothing at all; a simulated snapshot is what the backend does. The
+    reference and all simulated caches run in one engine."""
     rows = str(tmp_path / "reference.npy")
-    run(model, passage, tmp_path, Cache(REFERENCE, "stock", REFERENCE), rows)
-    _, identity = run(
-        model, passage, tmp_path, Cache("identity", "simulated", None, "identity"), rows
-    )
-    assert (identity.kl == 0).all()
-    assert (identity.agree == 1).all()
+    simulated = [
+        Cache(REFERENCE, "stock", REFERENCE),
+        Cache("identity", "simulated", None, "identity"),
+        Cache("s", "simulated", RECIPE),
+        Cache("k only", "simulated", RECIPE, "snapshot", "k", (3, 4)),
+        Cache("seed", "simulated", "v1.3-bare"),
+        Cache("again", "simulated", None, "identity"),
+    ]
+    answers = run(model, passage, tmp_path, simulated, rows)
+    for _, identity in (answers[1], answers[5]):
+        assert (identity.kl == 0).all()
+        assert (identity.agree == 1).all()
 
-    native_about, native = run(model, passage, tmp_path, Cache("k", "kakeya", RECIPE), rows)
-    about, snapshot = run(model, passage, tmp_path, Cache("s", "simulated", RECIPE), rows)
+    (about, snapshot), (partial_about, partial), (seed_about, seed) = answers[2:5]
+    backend = [Cache("k", "kakeya", RECIPE)]
+    ((native_about, native),) = run(model, passage, tmp_path, backend, rows)
     assert native.kl.mean() > 1e-3
     # The same pages, attention's sums in another order.
     np.testing.assert_allclose(snapshot.nll, native.nll, atol=2e-3)
     assert about["codec"]["fingerprint"] == native_about["codec"]["fingerprint"]
+    # The prefix is whole blocks, so what is stored of it is what the backend allocates a token.
+    assert about["stored"]["ratio"] == pytest.approx(4.6, abs=0.01)
+    assert native_about["stored"] is None
     for stream in "kv":
         errors = about["layer_error"][stream]
         assert len(errors) == 30
@@ -65,7 +81,9 @@ def test_modes_against_each_other(model: str, passage: list[list[int]], tmp_path
         # Attention below adds up in another order: a code here and there is another.
         assert errors == pytest.approx(native_about["layer_error"][stream], rel=1e-3)
 
-    keys = Cache("k only", "simulated", RECIPE, "snapshot", "k", (3, 4))
-    about, partial = run(model, passage, tmp_path, keys, rows)
     assert 0 < partial.kl.mean() < native.kl.mean()
-    assert len(about["layer_error"]["k"]) == 2
+    assert len(partial_about["layer_error"]["k"]) == 2
+    assert partial_about["stored"] is None  # a page has both streams
+    assert seed.kl.mean() > native.kl.mean()
+    assert 5 < seed_about["stored"]["ratio"] < 7
+    assert seed_about["codec"]["recipe"]["name"] == "v1.3-bare"

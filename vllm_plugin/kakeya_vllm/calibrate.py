@@ -335,30 +335,47 @@ def calibrate(model: str, text_path: str, tokens: int, out: str | None = None) -
     `tokens` is rounded down to whole passages of 2,048. `out` defaults to the place where the
     plugin looks. The WikiText-2 test split is refused.
     """
-    from safetensors.torch import save_file
-
-    text = read_text(text_path)
-    digest = sha256_of(text_path)
-    if digest == WIKITEXT2_TEST_SHA256:
-        raise SystemExit(
-            f"kakeya: {text_path} is the WikiText-2 test split, which is for evaluation only"
-        )
-    ids = tokenise(model, detokenise(text))
+    refuse_test_split(text_path)
+    ids = tokenise(model, detokenise(read_text(text_path)))
     passages = spread_passages(ids, engine.CHUNK, tokens // engine.CHUNK)
     print(f"kakeya: loading {model}", flush=True)
     llm = engine.in_process_engine(model)
     fingerprint = model_fingerprint(llm.llm_engine.vllm_config.model_config.hf_text_config)
     tensors, shape = collect(llm, passages)
+    target = Path(out) if out else default_calibration_path(fingerprint)
+    return write_artefact(target, FORMAT, tensors, fingerprint, model, text_path, shape)
+
+
+def refuse_test_split(text_path: str) -> None:
+    """SystemExit if the text is the one that figures are measured on."""
+    if sha256_of(text_path) == WIKITEXT2_TEST_SHA256:
+        raise SystemExit(
+            f"kakeya: {text_path} is the WikiText-2 test split, which is for evaluation only"
+        )
+
+
+def write_artefact(
+    target: Path,
+    file_format: str,
+    tensors: dict[str, torch.Tensor],
+    fingerprint: str,
+    model: str,
+    text_path: str,
+    about: dict[str, str],
+) -> Path:
+    """Write tensors with where they come from as metadata; returns ``target``."""
+    from safetensors.torch import save_file
+
+    digest = sha256_of(text_path)
     metadata = {
-        "format": FORMAT,
+        "format": file_format,
         "model_fingerprint": fingerprint,
         "model": Path(model).name,
         "text_sha256": digest,
         "split": SPLITS.get(digest, "unknown"),
         "kakeya_version": __version__,
-        **shape,
+        **about,
     }
-    target = Path(out) if out else default_calibration_path(fingerprint)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed: a reader never sees half a file.
     partial = target.with_name(f".{target.name}.{os.getpid()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from kakeya_vllm import __version__
 from kakeya_vllm.engine import CHUNK, prepare_environment
@@ -86,6 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", help="artefact to write (default: where the plugin looks for this model's)"
     )
 
+    c.add_argument(
+        "--for",
+        dest="recipe",
+        help="calibrate a recipe of the seed instead, such as v1.3-ppl (docs/seed.md)",
+    )
+
     e = commands.add_parser("eval", help="compare caches with the uncompressed one on a text")
     e.add_argument(
         "--model", required=True, help="directory or name of the model, as vLLM takes it"
@@ -94,8 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     e.add_argument(
         "--caches",
         type=lambda text: text.split(","),
-        help="recipes (presets or files) and vLLM's own formats (fp8, int4_per_token_head, "
-        "turboquant_...), with commas (default: what KAKEYA_RECIPE or the plugin chooses)",
+        help="recipes (presets or files), vLLM's own formats (fp8, int4_per_token_head, "
+        "turboquant_...) and the seed's (docs/seed.md: v1.3-ppl, d4-10, ...), with commas "
+        "(default: what KAKEYA_RECIPE or the plugin chooses)",
     )
     e.add_argument(
         "--passages",
@@ -160,13 +168,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def calibrate_command(args: argparse.Namespace) -> Path:
+    """`kakeya calibrate`: the artefact that was written."""
+    if args.recipe:
+        from kakeya_vllm.seed.calibration import calibrate_for
+
+        return calibrate_for(args.model, args.text, args.tokens, args.recipe, args.out)
+    from kakeya_vllm.calibrate import calibrate
+
+    return calibrate(args.model, args.text, args.tokens, args.out)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     prepare_environment()
     if args.command == "calibrate":
-        from kakeya_vllm.calibrate import calibrate
-
-        print(f"kakeya: wrote {calibrate(args.model, args.text, args.tokens, args.out)}")
+        print(f"kakeya: wrote {calibrate_command(args)}")
     else:
         from kakeya_vllm.evaluation.command import evaluate_command
 

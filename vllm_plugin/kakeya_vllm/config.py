@@ -29,6 +29,7 @@ DEFAULT_RECIPE = "kakeya-4.6x"
 VARIABLES = {
     "KAKEYA_RECIPE": "preset name or path of a recipe JSON file",
     "KAKEYA_CALIBRATION": "path of a calibration artefact",
+    "KAKEYA_SEED_CALIBRATION": "path of a calibration of the seed's recipes",
     "KAKEYA_BOUNDARY_SKIP_LAYERS": "comma-separated layer numbers that keep the stock cache",
     "KAKEYA_PREFILL": "raw or sealed",
     "KAKEYA_CACHE": "directory of calibration artefacts",

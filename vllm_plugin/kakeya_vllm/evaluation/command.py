@@ -18,12 +18,16 @@ from kakeya_vllm import __version__, engine
 from kakeya_vllm.evaluation import generation, metrics, protocol, tasks
 from kakeya_vllm.evaluation.metrics import TokenFigures
 from kakeya_vllm.evaluation.protocol import Cache
+from kakeya_vllm.seed import recipe as seed_recipe
 from kakeya_vllm.text import consecutive_passages, detokenise, read_text, sha256_of, tokenise
 
 # Passages that an evaluation begins with when it chooses by itself how many it needs.
 FIRST_PASSAGES = 24
 # vLLM's kv_cache_dtype values that are another format of the cache.
 STOCK_FORMATS = ("fp8", "fp8_e4m3", "fp8_e5m2", "int4_per_token_head", "int8_per_token_head")
+# After figures of simulated caches, which vLLM allocated nothing for.
+STORED = "*"
+STORED_NOTE = f"{STORED} bytes that would be stored, counted on the coded prefix; not allocated"
 # Variables that change figures; others hold paths of this machine.
 RECORDED_VARIABLES = {
     "KAKEYA_BOUNDARY_SKIP_LAYERS",
@@ -60,6 +64,11 @@ def plan_caches(
                 )
             caches.append(Cache(name, "stock", name))
             continue
+        seed = _seed_recipe(name)
+        if seed is not None and mode == "generate":
+            raise SystemExit(
+                f"kakeya: {name} is simulated; mode generate and --task are for caches that serve"
+            )
         for boundary in boundaries:
             chosen = set(range(num_layers) if layers is None else layers)
             chosen -= set(range(boundary)) | set(range(num_layers - boundary, num_layers))
@@ -79,7 +88,7 @@ def plan_caches(
             caches.append(
                 Cache(
                     ", ".join(parts) if mode != "identity" else "identity",
-                    "kakeya" if native else "simulated",
+                    "kakeya" if native and seed is None else "simulated",
                     name,
                     mode,
                     streams,
@@ -88,6 +97,13 @@ def plan_caches(
                 )
             )
     return caches
+
+
+def _seed_recipe(name: str | None) -> seed_recipe.SeedRecipe | None:
+    try:
+        return seed_recipe.find(name)
+    except seed_recipe.RecipeError as error:
+        raise SystemExit(f"kakeya: {error}") from None
 
 
 def environment_of(cache: Cache, num_layers: int) -> dict[str, str]:
@@ -138,18 +154,13 @@ def evaluate(
     while True:
         part = chosen[done:wanted]
         with tempfile.TemporaryDirectory(prefix="kakeya-eval-") as directory:
-            rows, out = str(Path(directory, "reference.npy")), str(Path(directory, "figures.npz"))
+            rows = str(Path(directory, "reference.npy"))
             spec = {"model": model, "passages": part, "dtype": dtype, "reference": rows}
-            spec["figures"] = out
-            ran = protocol.in_child(spec | {"cache": reference}, {})
-            first = first or ran
-            for i, cache in enumerate(caches):
-                found = protocol.in_child(
-                    spec | {"cache": cache}, environment_of(cache, num_layers)
-                )
+            ran = _run_part(spec, [reference, *caches], num_layers, directory)
+            first = first or ran[0][0]
+            for i, (found, part_figures) in enumerate(ran[1:]):
                 about[i] = about[i] or found
-                with np.load(out) as saved:
-                    figures[i].append(TokenFigures(**saved))
+                figures[i].append(part_figures)
         done = wanted
         joined = [TokenFigures.joined(parts) for parts in figures]
         qualities = [found.quality() for found in joined]
@@ -191,6 +202,27 @@ def evaluate(
     }
 
 
+def _run_part(
+    spec: dict[str, Any], caches: list[Cache], num_layers: int, directory: str
+) -> list[tuple[dict[str, Any], TokenFigures | None]]:
+    """What there is to say of each cache's engine, and its figures (None of the reference, which
+    comes first). One process for every engine."""
+    outs = [str(Path(directory, f"figures-{i}.npz")) for i in range(len(caches))]
+    found: dict[int, tuple[dict[str, Any], TokenFigures | None]] = {}
+    for group in protocol.engine_groups(caches):
+        members = [caches[i] for i in group]
+        files = [outs[i] for i in group]
+        environment = environment_of(members[0], num_layers)
+        answers = protocol.in_child(spec | {"caches": members, "figures": files}, environment)
+        for i, answer in zip(group, answers, strict=True):
+            figures = None
+            if Path(outs[i]).exists():
+                with np.load(outs[i]) as saved:
+                    figures = TokenFigures(**saved)
+            found[i] = answer, figures
+    return [found[i] for i in range(len(caches))]
+
+
 def layers_of(model: str) -> int:
     from transformers import AutoConfig
 
@@ -219,7 +251,10 @@ def _label(cache: Cache, ran: dict[str, Any]) -> str:
 
 
 def _ratio(reference: dict[str, Any], ran: dict[str, Any]) -> float | None:
-    """Tokens of capacity in the same bytes, as vLLM allocated both; None where nothing was."""
+    """Tokens of capacity in the same bytes: as vLLM allocated both or, of a simulated cache, as its
+    codes would be stored; None where neither is known."""
+    if ran["stored"]:
+        return ran["stored"]["ratio"]
     if not ran["cache"]:
         return None
     return reference["cache"]["bytes_per_token"] / ran["cache"]["bytes_per_token"]
@@ -241,6 +276,8 @@ def versions() -> dict[str, str]:
 def _allocated(run: dict[str, Any]) -> tuple[str, str]:
     """Bytes of cache a token, and tokens of capacity in so many bytes."""
     cache = run["cache"]
+    if run.get("stored"):
+        return f"{run['stored']['bytes_per_token']:,.0f}{STORED}", ""
     if not cache:
         return "", ""
     size = cache["kv_cache_bytes"] / 2**30
@@ -270,7 +307,7 @@ def report(result: dict[str, Any]) -> str:
             (
                 run["label"],
                 *_allocated(run),
-                f"{run['ratio']:.2f}x" if run["ratio"] else "",
+                f"{run['ratio']:.2f}x{STORED if run.get('stored') else ''}" if run["ratio"] else "",
                 f"{q['delta_ppl']:+.2%} [{low:+.2%}, {high:+.2%}]",
                 f"{q['top1']:.1%} [{bottom:.1%}, {top:.1%}]",
                 f"{q['kl_mean']:.4f} [{small:.4f}, {large:.4f}]",
@@ -296,6 +333,7 @@ def report(result: dict[str, Any]) -> str:
             *(line.rstrip() for line in table),
             "",
             *open_blocks,
+            *([STORED_NOTE] if any(run.get("stored") for run in result["runs"]) else []),
         ]
     ).rstrip()
 

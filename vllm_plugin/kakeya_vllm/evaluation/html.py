@@ -293,8 +293,10 @@ def _summary(reference: dict, runs: list[Run]) -> str:
     rows, details = [[name, size, "1×", _show(reference.get("ppl"), 4), *[NONE] * 6]], []
     for run in runs:
         data, q, cache = run.data, run.quality, _dict(run.data.get("cache"))
-        verdict, size = data.get("verdict"), _show(cache.get("bytes_per_token"), 4)
-        ratio = _show(data.get("ratio")) + ("" if run.ratio is None else "×")
+        stored, verdict = _dict(data.get("stored")), data.get("verdict")
+        star = "*" if stored else ""
+        size = _show((stored or cache).get("bytes_per_token"), 4) + star
+        ratio = _show(data.get("ratio")) + ("" if run.ratio is None else f"×{star}")
         row = [f"{run.key}<small>{_text(data.get('kind'))}</small>", size, ratio]
         row += [_show(q.get("ppl"), 4), _with_interval(q, "delta_ppl", _signed)]
         row += [_with_interval(q, "top1", _percent), _with_interval(q, "kl_mean", _show)]
@@ -310,7 +312,8 @@ def _summary(reference: dict, runs: list[Run]) -> str:
     caption = (
         "Ratio: of capacity, all bytes counted, open blocks beside it. Δppl: change of perplexity. "
         "Top-1: share of predictions whose most likely token is the reference’s. KL: KL(reference "
-        f"‖ run) over the vocabulary, in nats. In brackets: 95{NBSP}% intervals."
+        f"‖ run) over the vocabulary, in nats. In brackets: 95{NBSP}% intervals. *: simulated; "
+        "bytes that would be stored, not allocated."
     )
     table = _table(head.split("|"), rows, caption) + f"<p>{RULE}</p>\n"
     return table + _table([], details, "Details of the runs.", "text") if runs else table

@@ -1,4 +1,5 @@
-"""One engine's part of an evaluation: it runs the passages in a process of its own.
+"""One engine's part of an evaluation: it runs the passages in a process of its own, through one
+cache or through several that the same engine serves.
 
 A passage is 2,113 consecutive tokens of the text. Its first 2,048 are one step, whose keys and
 values fill 16 blocks; the other 65 are the next step, whose tokens read the cache and, in it,
@@ -94,21 +95,55 @@ class Steps:
             return logits.float().log_softmax(-1).cpu().numpy()
 
 
-def run_cache(
-    model: str, passages: list[list[int]], cache: Cache, dtype: str, reference: str, figures: str
-) -> dict[str, Any]:
-    """Run the passages through one cache; returns what there is to say of the engine.
+def run_caches(
+    model: str,
+    passages: list[list[int]],
+    caches: list[Cache],
+    dtype: str,
+    reference: str,
+    figures: list[str],
+) -> list[dict[str, Any]]:
+    """Run the passages through caches that one engine serves (:func:`engine_groups`), one after
+    the other; returns what there is to say of each.
 
     The reference cache writes its log-probabilities into the .npy file ``reference``; others
-    compare with it and write their TokenFigures into the .npz file ``figures``.
+    compare with it and write their TokenFigures into the .npz file of theirs among ``figures``.
     """
+    started = time.monotonic()
+    llm = engine_of(model, caches[0], dtype=dtype, hf_overrides={"head_dtype": "float32"})
+    steps = engine.on_model(llm, Steps)
+    loaded = time.monotonic() - started
+    answers = []
+    for cache, out in zip(caches, figures, strict=True):
+        started = time.monotonic()
+        hooks = engine.on_model(llm, lambda module, cache=cache: _hooks(llm, module, cache))
+        _run_cache(llm, steps, hooks, passages, cache, reference, out)
+        simulated = cache.kind == "simulated"
+        answers.append(
+            {
+                "cache": engine.cache_figures(llm) if not simulated else None,
+                "stored": hooks.stored() if simulated else None,
+                **_about_kakeya(llm, cache, getattr(hooks, "coder", None)),
+                "layer_error": hooks.errors.relative() if hooks else None,
+                "dtype": str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
+                "load_seconds": loaded,
+                "run_seconds": time.monotonic() - started,
+            }
+        )
+    return answers
+
+
+def _run_cache(
+    llm: Any,
+    steps: Steps,
+    hooks: Any,
+    passages: list[list[int]],
+    cache: Cache,
+    reference: str,
+    figures: str,
+) -> None:
     from tqdm import tqdm
 
-    started = time.monotonic()
-    llm = engine_of(model, cache, dtype=dtype, hf_overrides={"head_dtype": "float32"})
-    steps = engine.on_model(llm, Steps)
-    hooks = engine.on_model(llm, lambda module: _hooks(llm, module, cache))
-    loaded = time.monotonic()
     is_reference = cache.name == REFERENCE
     rows = None if is_reference else np.load(reference, mmap_mode="r")
     found = TokenFigures.empty(len(passages), SCORED)
@@ -125,15 +160,18 @@ def run_cache(
         rows.flush()
     else:
         np.savez(figures, **asdict(found))
-    coder = getattr(hooks, "coder", None)
-    return {
-        "cache": engine.cache_figures(llm) if cache.kind != "simulated" else None,
-        **_about_kakeya(llm, cache, coder),
-        "layer_error": hooks.errors.relative() if hooks else None,
-        "dtype": str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
-        "load_seconds": loaded - started,
-        "run_seconds": time.monotonic() - loaded,
-    }
+
+
+def engine_groups(caches: list[Cache]) -> list[list[int]]:
+    """Indices of caches by engine: the reference and all simulated caches have the same stock
+    engine and share a process; others have one each. In the order of their first."""
+    shared = [i for i, cache in enumerate(caches) if _in_stock_engine(cache)]
+    groups = [[i] for i in range(len(caches)) if i not in shared]
+    return sorted([shared, *groups] if shared else groups)
+
+
+def _in_stock_engine(cache: Cache) -> bool:
+    return cache.kind == "simulated" or (cache.kind == "stock" and cache.name == REFERENCE)
 
 
 def engine_of(model: str, cache: Cache, **settings: Any) -> Any:
@@ -150,12 +188,23 @@ def _hooks(llm: Any, module: Any, cache: Cache) -> Any:
     if cache.kind == "stock":
         return None
     from kakeya_vllm.evaluation.simulate import Coder, Hooks, Identity
+    from kakeya_vllm.seed import recipe as seed_recipe
+    from kakeya_vllm.seed.coder import SeedCoder
 
     layers = None if cache.layers is None else set(cache.layers)
     if cache.kind == "kakeya":
         return Hooks(module, Coder(llm, module, cache.name), "observe", layers=layers)
     identity = cache.mode == "identity"
-    coder = Identity() if identity else Coder(llm, module, cache.name)
+    seed = seed_recipe.find(cache.name)
+    if identity:
+        coder = Identity()
+    elif seed is not None:
+        try:
+            coder = SeedCoder.of_engine(seed, llm, module)
+        except ValueError as error:  # a missing or unfit calibration, an impossible layer
+            raise SystemExit(f"kakeya: {error}") from None
+    else:
+        coder = Coder(llm, module, cache.name)
     mode = "in-forward" if cache.mode == "prefix-only" else "snapshot" if identity else cache.mode
     return Hooks(
         module,
@@ -188,11 +237,9 @@ def _log_probabilities(
 
 def _about_kakeya(llm: Any, cache: Cache, coder: Any) -> dict[str, Any]:
     """Which recipe and tables an engine ran with, and its open blocks."""
-    if cache.kind == "stock" or not hasattr(coder, "codec"):
+    if cache.kind == "stock" or not hasattr(coder, "describe"):
         return {"codec": None, "open_blocks_bytes": None}
-    about = coder.codec.describe()
-    codec = {name: about.get(name) for name in ("name", "ratio", "quantizer", "fingerprint")}
-    codec["calibrated"] = coder.settings.calibration is not None
+    codec = coder.describe()
     open_blocks = None
     if cache.kind == "kakeya":
         (runtime,) = llm.collective_rpc(lambda worker: worker._kakeya)
@@ -202,31 +249,33 @@ def _about_kakeya(llm: Any, cache: Cache, coder: Any) -> dict[str, Any]:
     return {"codec": codec, "open_blocks_bytes": open_blocks}
 
 
-def in_child(
-    spec: dict[str, Any], environment: dict[str, str], module: str = __name__
-) -> dict[str, Any]:
-    """``module``'s answer to ``spec`` (:func:`run_cache`) from a fresh interpreter, under more
-    variables. Its standard error (progress) is ours."""
+def in_child(spec: dict[str, Any], environment: dict[str, str], module: str = __name__) -> Any:
+    """``module``'s answer to ``spec``, the arguments of its function with a "cache" or "caches",
+    from a fresh interpreter under more variables. Its standard error (progress) is ours."""
     with tempfile.TemporaryDirectory(prefix="kakeya-eval-") as directory:
         request, answer = Path(directory, "request.json"), Path(directory, "answer.json")
-        request.write_text(json.dumps(spec | {"cache": asdict(spec["cache"])}))
+        request.write_text(json.dumps(spec, default=asdict))
         command = [sys.executable, "-m", module, str(request), str(answer)]
         done = subprocess.run(command, env=os.environ | environment, stdin=subprocess.DEVNULL)
         if done.returncode:
-            label = spec["cache"].label
-            raise SystemExit(f"kakeya: the engine for {label} failed (exit {done.returncode})")
+            caches = spec.get("caches") or [spec["cache"]]
+            labels = "; ".join(cache.label for cache in caches)
+            raise SystemExit(f"kakeya: the engine for {labels} failed (exit {done.returncode})")
         return json.loads(answer.read_text())
 
 
-def answer_request(argv: list[str], run: Callable[..., dict[str, Any]]) -> int:
+def answer_request(argv: list[str], run: Callable[..., Any]) -> int:
     """Entry of the processes that ``in_child`` starts."""
     request, answer = argv
     engine.prepare_environment()
     spec = json.loads(Path(request).read_text())
-    spec["cache"] = Cache(**spec["cache"])
+    if "caches" in spec:
+        spec["caches"] = [Cache(**cache) for cache in spec["caches"]]
+    else:
+        spec["cache"] = Cache(**spec["cache"])
     Path(answer).write_text(json.dumps(run(**spec)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(answer_request(sys.argv[1:], run_cache))
+    sys.exit(answer_request(sys.argv[1:], run_caches))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -19,7 +19,19 @@ from kakeya_vllm.cuda import DTYPES as DEVICE_DTYPES
 from kakeya_vllm.evaluation.metrics import LayerErrors
 
 BLOCK = lib.BLOCK_TOKENS
+RAW_BYTES = 2  # of an uncompressed value, in bf16
 DTYPES = DEVICE_DTYPES | {torch.float32: lib.DTYPE_F32}
+
+
+class RoundTrip(Protocol):
+    """What hooks code with. ``stored``: bytes that the last call's rows would take, by stream ("k"
+    and "v", or "kv" where one size is of both); nothing where that is not known."""
+
+    stored: dict[str, int]
+
+    def round_trip(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, blocks: int
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Coder:
@@ -33,6 +45,8 @@ class Coder:
         self.settings = config.resolve(chosen, vllm_config.model_config)
         names = [name for name, _ in engine.attention_layers(model)]
         self.codec = make_codec(model, names, vllm_config, self.settings)
+        # Bytes of the last call: pages, and two bytes a value of the rest.
+        self.stored: dict[str, int] = {}
 
     def round_trip(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, blocks: int
@@ -61,11 +75,22 @@ class Coder:
                 self.codec.open(layer, head, pages[head].data_ptr(), size, *places, BLOCK * dim)
             k_new[rows] = k_out.transpose(0, 1).to(k)
             v_new[rows] = v_out.transpose(0, 1).to(v)
+        # A page holds both streams, and its size says nothing of one of them.
+        raw = (k.shape[0] - blocks * BLOCK) * heads * 2 * dim
+        self.stored = {"kv": blocks * heads * size + RAW_BYTES * raw}
         return k_new, v_new
+
+    def describe(self) -> dict[str, Any]:
+        """What an evaluation's JSON says of the codec."""
+        about = self.codec.describe()
+        codec = {name: about.get(name) for name in ("name", "ratio", "quantizer", "fingerprint")}
+        return codec | {"calibrated": self.settings.calibration is not None}
 
 
 class Identity:
     """Stands in for a codec that loses nothing: rows go through float32 and back."""
+
+    stored: ClassVar[dict[str, int]] = {}
 
     def round_trip(
         self, _layer: int, k: torch.Tensor, v: torch.Tensor, _blocks: int
@@ -84,7 +109,7 @@ class Hooks:
     def __init__(
         self,
         model: Any,
-        coder: Coder | Identity,
+        coder: RoundTrip,
         mode: str,
         *,
         streams: str = "kv",
@@ -100,6 +125,7 @@ class Hooks:
         self.capture = False
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.fired = 0
+        self.sizes = StoredBytes()
 
     @contextlib.contextmanager
     def attached(self):
@@ -123,21 +149,24 @@ class Hooks:
                 n: kwargs[n] for n in names if n in kwargs
             }
             k, v = values["key"], values["value"]
-            if k.shape[0] != self.prefix or index not in self.chosen:
+            chosen = index in self.chosen
+            if k.shape[0] != self.prefix or not (chosen or self.mode == "snapshot"):
                 return None
-            self.fired += 1
-            rows = k.reshape(-1, heads, dim), v.reshape(-1, heads, dim)
+            self.fired += chosen
             if self.mode == "snapshot" and not self.capture:
                 new = self.kept.pop(index)
             else:
-                new = self.coder.round_trip(index, *rows, self.blocks)
-                self._measure(index, rows, new)
+                rows = k.reshape(-1, heads, dim), v.reshape(-1, heads, dim)
+                new = self._coded(index, rows) if chosen else rows
                 if self.mode == "snapshot":
-                    self.kept[index] = new
+                    # What stays uncompressed is kept too: computed again, above coded layers, it
+                    # would be what errors below made of it.
+                    self.kept[index] = tuple(x.clone() for x in new)
             if self.mode == "observe" or self.capture:
                 return None
-            values["key"] = new[0].reshape(k.shape) if "k" in self.streams else k
-            values["value"] = new[1].reshape(v.shape) if "v" in self.streams else v
+            values["key"], values["value"] = (
+                x.reshape(old.shape) for x, old in zip(new, (k, v), strict=True)
+            )
             return (
                 tuple(values[n] for n in names[: len(args)]) + args[len(names) :],
                 kwargs | {n: values[n] for n in names if n in kwargs},
@@ -145,8 +174,54 @@ class Hooks:
 
         return hook
 
+    def _coded(self, index: int, rows: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer with the streams that are compressed coded; measured and counted."""
+        new = self.coder.round_trip(index, *rows, self.blocks)
+        self._measure(index, rows, new)
+        self.sizes.add(index, self.coder.stored, self.streams, rows)
+        return tuple(
+            x if stream in self.streams else old
+            for stream, x, old in zip("kv", new, rows, strict=True)
+        )
+
+    def stored(self) -> dict[str, float] | None:
+        """Bytes a token that all layers' prefixes would take as coded, and their ratio to bf16;
+        None where the coder does not say."""
+        return self.sizes.figures(len(self.layers), self.prefix)
+
     def _measure(self, index: int, rows: tuple, new: tuple) -> None:
         coded = slice(0, self.blocks * BLOCK)
         for stream, x, y in zip("kv", rows, new, strict=True):
             a, b = x[coded].double(), y[coded].double()
             self.errors.add(stream, index, float((a - b).square().sum()), float(a.square().sum()))
+
+
+class StoredBytes:
+    """Sums of what coded layers would store, beside the same in bf16."""
+
+    def __init__(self) -> None:
+        self.coded: dict[int, list[int]] = {}
+        self.raw = 0
+        self.known = True
+
+    def add(self, layer: int, stored: dict[str, int], streams: str, rows: tuple) -> None:
+        """One passage's ``rows`` (K, V) of a layer, whose streams other than ``streams`` stay
+        uncompressed."""
+        raw = [x.numel() * RAW_BYTES for x in rows]
+        self.raw = sum(raw)
+        if streams == "kv" and stored:
+            size = sum(stored.values())
+        elif streams in stored:
+            size = stored[streams] + raw["vk".index(streams)]
+        else:
+            self.known = False
+            return
+        self.coded.setdefault(layer, []).append(size)
+
+    def figures(self, layers: int, prefix: int) -> dict[str, float] | None:
+        """Of ``layers`` layers, those that were never coded in bf16; means over passages."""
+        if not self.coded or not self.known:
+            return None
+        coded = sum(sum(sizes) / len(sizes) for sizes in self.coded.values())
+        total = coded + self.raw * (layers - len(self.coded))
+        return {"bytes_per_token": total / prefix, "ratio": self.raw * layers / total}
