@@ -264,9 +264,7 @@ def _presets() -> dict[str, SeedRecipe]:
         b2 = {"variance_ratio": 0.95}
         found[f"{name}-vr0.95"] = found[name].changed(f"{name}-vr0.95", b2)
     everywhere = {"boundary_depth": 0, "boundary_interior": False}
-    better = {"sigma_lags": "averaged", "grouping": "per-head", "sink_tokens": 4}
     for name, base, switches in (
-        ("v1.3-corrected", "v1.3-sigma", better),
         ("v1.3-sigma-averaged", "v1.3-sigma", {"sigma_lags": "averaged"}),
         ("v1.3-ppl-no-boundary", "v1.3-ppl", everywhere),
         ("v1.3-ppl-v-outliers", "v1.3-ppl", {"v_outlier_threshold": 2.0}),
