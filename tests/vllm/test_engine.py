@@ -15,6 +15,7 @@ import engines
 import pytest
 import torch
 from engines import BLOCK, Engine, assert_same_run, engine, tokens
+from kakeya_vllm.engine import cache_figures
 
 # Log-probabilities that should agree: on the CPU except for the order of float32 sums.
 EXACT = 0.0 if engines.on_gpu() else 1e-3
@@ -278,6 +279,9 @@ def test_capacity_grows_by_the_ratio(tiny: Path) -> None:
 
     with engine(tiny, {"KAKEYA_BOUNDARY_SKIP_LAYERS": "0, 3"}, **options) as mixed:
         assert mixed.capacity == engines.KV_BYTES // (2 * 2 * (full + page)) * BLOCK
+        figures = cache_figures(mixed.llm)
+        assert figures["capacity_tokens"] == mixed.capacity
+        assert figures["bytes_per_token"] == 2 * 2 * (full + page) / BLOCK
         assert "2 compressed: 1-2; 2 stock bfloat16: 0, 3" in mixed.worker(banner)
 
 

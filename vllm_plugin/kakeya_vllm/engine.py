@@ -144,7 +144,8 @@ def cache_figures(llm) -> dict[str, Any]:
     token."""
     config = llm.llm_engine.vllm_config
     (cache,) = llm.collective_rpc(lambda worker: worker.model_runner.kv_cache_config)
-    allocated = sum(tensor.size for tensor in cache.kv_cache_tensors)
+    # Every tensor names the one allocation that all of them lie in (vLLM's allocate_kv_cache).
+    (allocated,) = {tensor.size for tensor in cache.kv_cache_tensors}
     blocks, block = cache.num_blocks, config.cache_config.block_size
     return {
         "kv_cache_bytes": allocated,
