@@ -213,6 +213,58 @@ def test_ratio_and_bytes_of_a_simulated_cache_are_starred():
     assert command._allocated({"stored": stored, "cache": None}) == ("3,791*", "")
 
 
+def fake_engines(monkeypatch, broken):
+    """`evaluate` without engines: every cache answers with noise of its own, but those that are
+    broken, from their `broken[name]`-th run on."""
+    ran = []
+
+    def in_child(spec, _environment):
+        for cache, out in zip(spec["caches"], spec["figures"], strict=True):
+            ran.append(cache.name)
+            if ran.count(cache.name) > broken.get(cache.name, 9):
+                raise SystemExit(f"kakeya: the engine for {cache.label} failed (exit 1)")
+            if cache.name != protocol.REFERENCE:
+                passages = len(spec["passages"])
+                ref, alt = (log_probabilities(i, (passages, 8, 32)) for i in (1, len(ran)))
+                found = TokenFigures.of(ref, alt, np.zeros((passages, 8), int))
+                np.savez(out, **vars(found))
+        size = {"kv_cache_bytes": 1, "bytes_per_token": 8.0, "capacity_tokens": 1}
+        about = {"cache": size, "stored": None, "codec": None, "open_blocks_bytes": None}
+        return [about for _ in spec["caches"]]
+
+    monkeypatch.setattr(protocol, "in_child", in_child)
+    monkeypatch.setattr(command, "layers_of", lambda _: 4)
+    monkeypatch.setattr(command, "read_text", str)
+    monkeypatch.setattr(command, "tokenise", lambda *_: list(range(60 * protocol.PASSAGE)))
+    monkeypatch.setattr(command, "settings_of", lambda *_: {})
+
+
+def test_a_cache_that_fails_does_not_take_the_others_figures(monkeypatch, capsys):
+    fake_engines(monkeypatch, {"fp8": 0})
+    result = command.evaluate("m", "t", 4, ["fp8", "kakeya-4.6x"])
+    assert [run["label"] for run in result["runs"]] == ["kakeya-4.6x"]
+    assert result["failed"] == ["fp8"]
+    assert "engine for fp8 failed (exit 1); it is left out" in capsys.readouterr().err
+
+
+def test_a_cache_that_fails_later_is_left_out_altogether(monkeypatch):
+    fake_engines(monkeypatch, {"fp8": 1})
+    enough = command.FIRST_PASSAGES + 1
+    monkeypatch.setattr(metrics, "is_resolved", lambda quality: quality["passages"] >= enough)
+    result = command.evaluate("m", "t", None, ["kakeya-4.6x", "fp8"])
+    assert result["settings"]["passages"] > command.FIRST_PASSAGES
+    assert [run["label"] for run in result["runs"]] == ["kakeya-4.6x"]
+    assert result["runs"][0]["quality"]["passages"] == result["settings"]["passages"]
+    assert result["failed"] == ["fp8"]
+
+
+@pytest.mark.parametrize(("broken", "message"), [("bf16", "for bf16"), ("fp8", "every engine")])
+def test_nothing_is_said_where_no_cache_is_left(monkeypatch, broken, message):
+    fake_engines(monkeypatch, {broken: 0})
+    with pytest.raises(SystemExit, match=message):
+        command.evaluate("m", "t", 4, ["fp8"])
+
+
 def test_answers_are_compared_from_their_first_difference():
     found = generation.compare([[1, 2, 3, 4], [5, 6], [7, 8]], [[1, 2, 9, 4], [5, 6], [0, 8]])
     assert found["first_difference"] == [2, 2, 0]

@@ -150,19 +150,27 @@ def evaluate(
     reference = Cache(protocol.REFERENCE, "stock", protocol.REFERENCE)
     figures: list[list[TokenFigures]] = [[] for _ in caches]
     about: list[dict[str, Any]] = [{} for _ in caches]
+    alive, failed = list(range(len(caches))), []
     done, first = 0, None
     while True:
         part = chosen[done:wanted]
         with tempfile.TemporaryDirectory(prefix="kakeya-eval-") as directory:
             rows = str(Path(directory, "reference.npy"))
             spec = {"model": model, "passages": part, "dtype": dtype, "reference": rows}
-            ran = _run_part(spec, [reference, *caches], num_layers, directory)
-            first = first or ran[0][0]
-            for i, (found, part_figures) in enumerate(ran[1:]):
-                about[i] = about[i] or found
-                figures[i].append(part_figures)
+            present = [reference, *(caches[i] for i in alive)]
+            ran = _run_part(spec, present, num_layers, directory)
+        first = first or ran[0][0]
+        for i, one in zip(tuple(alive), ran[1:], strict=True):
+            if one is None:
+                alive.remove(i)
+                failed.append(caches[i].label)
+            else:
+                about[i] = about[i] or one[0]
+                figures[i].append(one[1])
+        if not alive:
+            raise SystemExit("kakeya: every engine failed; what they said is above")
         done = wanted
-        joined = [TokenFigures.joined(parts) for parts in figures]
+        joined = [TokenFigures.joined(figures[i]) for i in alive]
         qualities = [found.quality() for found in joined]
         unresolved = [q for q in qualities if not metrics.is_resolved(q)]
         if passages or not unresolved or done == available:
@@ -173,16 +181,16 @@ def evaluate(
         print(f"kakeya: {done} passages do not decide; {wanted} will be taken", flush=True)
     runs = [
         {
-            "label": _label(cache, ran_about),
-            "kind": cache.kind,
-            "ratio": _ratio(first, ran_about),
-            **ran_about,
+            "label": _label(caches[i], about[i]),
+            "kind": caches[i].kind,
+            "ratio": _ratio(first, about[i]),
+            **about[i],
             "verdict": metrics.verdict(quality),
             "quality": quality,
             "per_passage": found.per_passage(),
             "kl_by_position": found.kl_by_position(),
         }
-        for cache, ran_about, quality, found in zip(caches, about, qualities, joined, strict=True)
+        for i, quality, found in zip(alive, qualities, joined, strict=True)
     ]
     return {
         "settings": settings_of(model, text_path, mode, streams, dtype)
@@ -199,21 +207,31 @@ def evaluate(
             **first,
         },
         "runs": runs,
+        "failed": failed,
     }
 
 
 def _run_part(
     spec: dict[str, Any], caches: list[Cache], num_layers: int, directory: str
-) -> list[tuple[dict[str, Any], TokenFigures | None]]:
+) -> list[tuple[dict[str, Any], TokenFigures | None] | None]:
     """What there is to say of each cache's engine, and its figures (None of the reference, which
-    comes first). One process for every engine."""
+    comes first). One process for every engine. None for caches whose engine failed; without the
+    reference nothing can be said, and its failure ends all."""
     outs = [str(Path(directory, f"figures-{i}.npz")) for i in range(len(caches))]
-    found: dict[int, tuple[dict[str, Any], TokenFigures | None]] = {}
+    found: dict[int, tuple[dict[str, Any], TokenFigures | None] | None] = {}
     for group in protocol.engine_groups(caches):
         members = [caches[i] for i in group]
         files = [outs[i] for i in group]
         environment = environment_of(members[0], num_layers)
-        answers = protocol.in_child(spec | {"caches": members, "figures": files}, environment)
+        try:
+            answers = protocol.in_child(spec | {"caches": members, "figures": files}, environment)
+        except SystemExit as error:
+            if 0 in group:
+                raise
+            # What the others gave must not be lost to one that, say, this machine cannot run.
+            print(f"{error}; it is left out", file=sys.stderr, flush=True)
+            found |= dict.fromkeys(group)
+            continue
         for i, answer in zip(group, answers, strict=True):
             figures = None
             if Path(outs[i]).exists():
@@ -464,3 +482,5 @@ def evaluate_command(args: argparse.Namespace) -> None:
         from kakeya_vllm.evaluation.html import render
 
         Path(args.html).write_text(render(result), encoding="utf-8")
+    if result["failed"]:
+        raise SystemExit(f"kakeya: left out, their engines failed: {'; '.join(result['failed'])}")
