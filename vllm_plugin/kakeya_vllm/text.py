@@ -12,6 +12,10 @@ import hashlib
 import re
 from pathlib import Path
 
+# What the plugin calibrates on when nobody names a text: a part of the validation split, as prose
+# (scripts/bundle_text.py makes it).
+BUNDLED_TEXT = Path(__file__).with_name("data") / "calibration.txt"
+
 # The evaluation text. Calibrating on it would make every quality figure worthless, so `kakeya
 # calibrate` refuses it.
 WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
@@ -19,6 +23,15 @@ WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d7
 SPLITS = {
     WIKITEXT2_TEST_SHA256: "test",
     "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8": "validation",
+    "d2e98831e9cdda50ed3b85fc33eab886eb4682bd5f2e05d6a8b4209c4355fea2": "validation",
+}
+# The same by the words alone (hash_of_words): line ends, blank lines, indentation and spaces may
+# have changed on a file's way, and the words are still those of the test.
+TEST_WORDS_SHA256 = {
+    "06f8f4136de90fcf1b32ffda9136ecab621b3e437c370b5cdd27b37e9e9e9efc": "WikiText-2 test split",
+    "706e3ea32137d21672193c7a4b418f1428a9fcbf63976e297d91cfd56d269b91": (
+        "WikiText-2 test split, as prose"
+    ),
 }
 
 # Marks only the space-separated form has: number and hyphen separators, and words cut by the
@@ -74,6 +87,21 @@ def detokenise(text: str) -> str:
 
 def sha256_of(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def hash_of_words(text: str) -> str:
+    """SHA-256 of the words of a text, one space between any two."""
+    return hashlib.sha256(" ".join(text.split()).encode("utf-8")).hexdigest()
+
+
+def refuse_test_text(text: str, path: str | Path) -> None:
+    """Raise SystemExit if ``text``, read from ``path``, is one that quality is measured on."""
+    found = TEST_WORDS_SHA256.get(hash_of_words(text))
+    if found is not None or sha256_of(path) == WIKITEXT2_TEST_SHA256:
+        raise SystemExit(
+            f"kakeya: {path} is the {found or 'WikiText-2 test split'}, which is for evaluation "
+            "only: figures measured on text that a codec was calibrated on say nothing"
+        )
 
 
 def read_text(path: str | Path) -> str:
