@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the calibration text that the plugin ships: a part of WikiText-2's validation split, as prose.
+"""Make the calibration text that the plugin ships: part of WikiText-2's validation split as prose.
 
     python scripts/bundle_text.py
 

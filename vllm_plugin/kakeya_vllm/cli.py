@@ -75,7 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
         "calibrate", help="measure a model's keys, values and queries on a text"
     )
     c.add_argument("model", help="directory or name of the model, as vLLM takes it")
-    c.add_argument("--text", required=True, help="UTF-8 text to run through the model")
+    c.add_argument(
+        "--text",
+        help="UTF-8 text to run through the model (default: the text in the package, prose of an "
+        "encyclopedia)",
+    )
     c.add_argument(
         "--tokens",
         type=calibration_tokens,
@@ -85,6 +89,15 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--out", help="artefact to write (default: where the plugin looks for this model's)"
     )
+    reported = c.add_mutually_exclusive_group()
+    reported.add_argument(
+        "--ratio",
+        type=float,
+        default=4.6,
+        help="capacity ratio at which the error on held-out text and the allocation of bits are "
+        "printed; the artefact serves every ratio (default %(default)s)",
+    )
+    reported.add_argument("--recipe", help="the same for a recipe: a preset or a file")
 
     e = commands.add_parser("eval", help="compare caches with the uncompressed one on a text")
     e.add_argument(
@@ -160,13 +173,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _recipe(name: str | None, ratio: float) -> str:
+    """The calibrated recipe that a command line asks for; SystemExit with what is valid."""
+    from kakeya_vllm import config, heldout, lib
+
+    try:
+        if name is None:
+            return heldout.recipe_of_ratio(ratio)
+        recipe = config.read_recipe(name, "--recipe")
+        lib.load().recipe_describe(recipe)
+    except (lib.KakeyaError, config.ConfigError) as error:
+        raise SystemExit(f"kakeya: {getattr(error, 'text', error)}") from None
+    return recipe
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     prepare_environment()
     if args.command == "calibrate":
         from kakeya_vllm.calibrate import calibrate
 
-        print(f"kakeya: wrote {calibrate(args.model, args.text, args.tokens, args.out)}")
+        recipe = _recipe(args.recipe, args.ratio)
+        done = calibrate(args.model, args.text, args.tokens, args.out, recipe=recipe)
+        print(f"kakeya: wrote {done}")
     else:
         from kakeya_vllm.evaluation.command import evaluate_command
 

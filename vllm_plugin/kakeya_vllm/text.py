@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 # What the plugin calibrates on when nobody names a text: a part of the validation split, as prose
 # (scripts/bundle_text.py makes it).
@@ -114,15 +115,16 @@ def read_text(path: str | Path) -> str:
         raise SystemExit(f"kakeya: text file {path} is not UTF-8: {e}") from None
 
 
-def tokenise(model: str, text: str) -> list[int]:
-    """Token ids of the whole text, without special tokens."""
+def tokenise(model: str, text: str, **settings: Any) -> list[int]:
+    """Token ids of the whole text, without special tokens. ``settings``: of the tokenizer."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     # A whole corpus is longer than the model's window on purpose; passages are cut from it
     # afterwards.
     logging.set_verbosity_error()
-    return AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(model, **settings)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def consecutive_passages(tokens: list[int], length: int, count: int) -> list[list[int]]:
@@ -144,3 +146,14 @@ def spread_passages(tokens: list[int], length: int, count: int) -> list[list[int
             f"kakeya: the text holds {have} passages of {length} tokens; {count} were asked for"
         )
     return [tokens[p : p + length] for p in ((i * have // count) * length for i in range(count))]
+
+
+def held_out_passages(tokens: list[int], length: int, count: int) -> list[list[int]]:
+    """Passages of ``length`` tokens that :func:`spread_passages` leaves when it takes ``count``:
+    one for every four of those, spread over the text, as many as there are."""
+    have = len(tokens) // length
+    taken = {i * have // count for i in range(count)}
+    rest = [i for i in range(have) if i not in taken]
+    wanted = min(len(rest), max(1, count // 4))
+    chosen = [rest[(2 * i + 1) * len(rest) // (2 * wanted)] for i in range(wanted)]
+    return [tokens[i * length : (i + 1) * length] for i in chosen]

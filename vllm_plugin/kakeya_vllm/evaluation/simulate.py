@@ -22,17 +22,11 @@ BLOCK = lib.BLOCK_TOKENS
 DTYPES = DEVICE_DTYPES | {torch.float32: lib.DTYPE_F32}
 
 
-class Coder:
-    """The codec that an engine with the same settings would use, block by block."""
+class PageCoder:
+    """Seals and opens with a codec, block by block."""
 
-    def __init__(self, llm: Any, model: Any, recipe: str | None) -> None:
-        from kakeya_vllm.runtime import make_codec
-
-        vllm_config = llm.llm_engine.vllm_config
-        chosen = {config.KEY: {"recipe": recipe}} if recipe else {}
-        self.settings = config.resolve(chosen, vllm_config.model_config)
-        names = [name for name, _ in engine.attention_layers(model)]
-        self.codec = make_codec(model, names, vllm_config, self.settings)
+    def __init__(self, codec: lib.Codec) -> None:
+        self.codec = codec
 
     def round_trip(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, blocks: int
@@ -62,6 +56,19 @@ class Coder:
             k_new[rows] = k_out.transpose(0, 1).to(k)
             v_new[rows] = v_out.transpose(0, 1).to(v)
         return k_new, v_new
+
+
+class Coder(PageCoder):
+    """The codec that an engine with the same settings would use."""
+
+    def __init__(self, llm: Any, model: Any, recipe: str | None) -> None:
+        from kakeya_vllm.runtime import make_codec
+
+        vllm_config = llm.llm_engine.vllm_config
+        chosen = {config.KEY: {"recipe": recipe}} if recipe else {}
+        self.settings = config.resolve(chosen, vllm_config.model_config)
+        names = [name for name, _ in engine.attention_layers(model)]
+        super().__init__(make_codec(model, names, vllm_config, self.settings))
 
 
 class Identity:
