@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -392,12 +393,49 @@ def collect(
     }
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What a calibration runs on: passages of 2,048 tokens, those that take no part and show its
+    error, and what the artefact says of their origin."""
+
+    passages: list[list[int]]
+    held_out: list[list[int]]
+    about: dict[str, str]
+
+
+def sample_of_text(ids: list[int], tokens: int, path: str | Path) -> Sample:
+    """Passages spread over the token ids of a text. Of the bundled text as many as it has, of
+    another text as many as were asked for (SystemExit where it is too short)."""
+    count = tokens // engine.CHUNK
+    if Path(path) == BUNDLED_TEXT:
+        # One in five is left for the error.
+        count = min(count, max(1, len(ids) // engine.CHUNK * 4 // 5))
+    digest = sha256_of(path)
+    return Sample(
+        spread_passages(ids, engine.CHUNK, count),
+        held_out_passages(ids, engine.CHUNK, count),
+        {"text_sha256": digest, "split": SPLITS.get(digest, "unknown")},
+    )
+
+
+def sample_of_weights(vocabulary: int, tokens: int, text: Sample) -> Sample:
+    """Random token ids: whatever the model makes of them comes from its weights alone. The error is
+    shown on ``text``, none of which takes part."""
+    draw = random.Random(0)
+    passages = [
+        [draw.randrange(vocabulary) for _ in range(engine.CHUNK)]
+        for _ in range(tokens // engine.CHUNK)
+    ]
+    return Sample(passages, text.held_out, {"text_sha256": "none", "split": "random tokens"})
+
+
 def calibrate(
     model: str,
     text_path: str | Path | None = None,
     tokens: int = 8 * engine.CHUNK,
     out: str | Path | None = None,
     *,
+    weights_only: bool = False,
     recipe: str | None = None,
     expected_fingerprint: str | None = None,
     tokenizer: str | None = None,
@@ -405,10 +443,11 @@ def calibrate(
 ) -> Path:
     """Write the calibration artefact of `model` and return its path.
 
-    `text_path` None: the bundled text. `tokens` is rounded down to whole passages of 2,048; of the
-    bundled text, as many as it has are taken. `out` defaults to the place where the plugin looks.
-    `recipe`: at which the error on held-out passages is reported; the artefact serves every one.
-    `expected_fingerprint`: another model is refused. `settings`: more of vllm.LLM's.
+    `text_path` None: the bundled text. `weights_only`: on random tokens, and the text shows the
+    error only. `tokens` is rounded down to whole passages of 2,048. `out` defaults to the place
+    where the plugin looks. `recipe`: at which the error on held-out passages is reported; the
+    artefact serves every one. `expected_fingerprint`: another model is refused. `settings`: more
+    of vllm.LLM's.
 
     Raises SystemExit with the reason: test text, a text too short, a model or a recipe that the
     codec does not serve, statistics that are not finite.
@@ -417,15 +456,14 @@ def calibrate(
     text = read_text(path)
     refuse_test_text(text, path)
     recipe = recipe or heldout.recipe_of_ratio(4.6)
-    ids = tokenise(tokenizer or model, detokenise(text), **_tokenizer_settings(settings or {}))
-    count = tokens // engine.CHUNK
-    if text_path is None:
-        count = min(count, max(1, len(ids) // engine.CHUNK * 4 // 5))
-    passages = spread_passages(ids, engine.CHUNK, count)
-    held_out = held_out_passages(ids, engine.CHUNK, count)
+    settings = settings or {}
+    ids = tokenise(tokenizer or model, detokenise(text), **_tokenizer_settings(settings))
+    sample = sample_of_text(ids, tokens, path)
     print(f"kakeya: loading {model}", flush=True)
-    llm = engine.in_process_engine(model, tokenizer=tokenizer, **(settings or {}))
+    llm = engine.in_process_engine(model, tokenizer=tokenizer, **settings)
     model_config = llm.llm_engine.vllm_config.model_config
+    if weights_only:
+        sample = sample_of_weights(model_config.get_vocab_size(), tokens, sample)
     fingerprint = model_fingerprint(model_config.hf_text_config)
     if expected_fingerprint not in (None, fingerprint):
         raise SystemExit(
@@ -441,30 +479,28 @@ def calibrate(
             model=fingerprint,
             weights=engine.on_model(llm, weights_digest),
             dtype=str(model_config.dtype),
-            passages=hashlib.sha256(json.dumps(passages).encode()).hexdigest(),
+            passages=hashlib.sha256(json.dumps(sample.passages).encode()).hexdigest(),
         ),
     )
     # The codec judges model and recipe before minutes are spent on them.
     pages = heldout.HeldOut(llm, recipe)
     capture = capture_of(llm)
-    tensors, shape = collect(llm, capture, passages, progress)
+    tensors, shape = collect(llm, capture, sample.passages, progress)
     raised = regularise(tensors)
-    digest = sha256_of(path)
     metadata = {
         "format": ARTEFACT_FORMAT,
         "model_fingerprint": fingerprint,
         "model": Path(model).name,
-        "text_sha256": digest,
-        "split": SPLITS.get(digest, "unknown"),
         "kakeya_version": __version__,
         "raised_channels": str(raised),
+        **sample.about,
         **shape,
     }
     codec = pages.codec(_file(tensors, metadata))
     if raised:
         print(f"kakeya: {raised} channels that hardly move were given a least variance")
-    if held_out:
-        found = pages.measure(capture, tensors["q_sq"], codec, held_out)
+    if sample.held_out:
+        found = pages.measure(capture, tensors["q_sq"], codec, sample.held_out)
         metadata["held_out"] = json.dumps(found)
         _print(heldout.error_lines(found))
     else:

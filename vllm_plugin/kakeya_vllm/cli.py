@@ -81,6 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
         "encyclopedia)",
     )
     c.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="run random tokens instead of a text, which then only shows the error",
+    )
+    c.add_argument(
         "--tokens",
         type=calibration_tokens,
         default=CALIBRATION_TOKENS,
@@ -194,7 +199,14 @@ def main(argv: list[str] | None = None) -> int:
         from kakeya_vllm.calibrate import calibrate
 
         recipe = _recipe(args.recipe, args.ratio)
-        done = calibrate(args.model, args.text, args.tokens, args.out, recipe=recipe)
+        done = calibrate(
+            args.model,
+            args.text,
+            args.tokens,
+            args.out,
+            weights_only=args.weights_only,
+            recipe=recipe,
+        )
         print(f"kakeya: wrote {done}")
     else:
         from kakeya_vllm.evaluation.command import evaluate_command

@@ -271,7 +271,8 @@ def _recipe_and_calibration(
             if calibrate is None:
                 raise ConfigError(
                     f"{sources['calibration']}={AUTO}: there is no artefact at {path} yet, and "
-                    f"only an engine with the KAKEYA backend makes one. Run `kakeya calibrate {model}`"
+                    "only an engine with the KAKEYA backend makes one. Run "
+                    f"`kakeya calibrate {model}`"
                 )
             calibrate(path, fingerprint)
         check_metadata(path, fingerprint)

@@ -6,11 +6,14 @@ with a recipe and with its calibration-free twin: the same ratio, the same quant
 
 Relative errors, root of summed squares over summed squares of the values, for every layer:
 
-    k_seen   keys, each channel weighted by E[q^2] of the calibration: what attention sees of them
+    output   what attention gives every 64th query of a passage's second half, K and V from pages
+    k_seen   keys, each channel weighted by the calibration's E[q^2]
     k, v     keys and values as they are
 
-Keys are compared before RoPE. There E[q^2] belongs to a channel; over the distances at which a
-query may look back, the two channels of a pair share theirs by how far they turn.
+The first is what a model notices. The others say where it comes from, but weigh all tokens alike,
+while attention rests on few. Keys are compared before RoPE. There E[q^2] belongs to a channel; over
+the distances at which a query may look back, the two channels of a pair share theirs by how far
+they turn.
 """
 
 from __future__ import annotations
@@ -26,18 +29,20 @@ from kakeya_vllm import engine, lib
 from kakeya_vllm.evaluation.simulate import PageCoder
 from kakeya_vllm.runtime import codec_of
 
-STREAMS = {"k_seen": "K as queries weigh it", "k": "K", "v": "V"}
+STREAMS = {"output": "attention's output", "k_seen": "K as queries weigh it", "k": "K", "v": "V"}
 # The calibration-free twin of a recipe begins with this one.
 FREE_BASE = "kakeya-free-4.6x"
 # Distances over which a query's channels mix; the codec's own width allocation takes these.
 QUERY_SPAN = 2048
+# Of the queries whose attention is compared: far from the keys of the first half, and few.
+QUERY_STRIDE = 64
 
 
 def recipe_of_ratio(ratio: float) -> str:
     """The calibrated recipe of a capacity ratio: the preset if there is one, else a modified one.
     Raises KakeyaError with the valid range."""
     library, name = lib.load(), f"kakeya-{ratio:.1f}x"
-    if f"{ratio:.1f}" == f"{ratio:g}" and name in library.recipe_names():
+    if ratio == round(ratio, 1) and name in library.recipe_names():
         return name
     recipe = json.dumps({"base": "kakeya-4.6x", "ratio": ratio, "name": f"kakeya-{ratio:g}x"})
     library.recipe_describe(recipe)
@@ -69,6 +74,17 @@ def weight_of_channels(q_sq: torch.Tensor, unrotate: Any) -> torch.Tensor:
     return mixed
 
 
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Outputs [n, H, G, D] in float64 of the queries at positions ``at`` [n]: q [tokens, H, G, D],
+    k and v [tokens, H, D]."""
+    logits = torch.einsum("nhgd,thd->nhgt", q[at].double(), k.double()) * scale
+    future = torch.arange(len(k), device=k.device) > at[:, None]
+    weights = logits.masked_fill(future[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("nhgt,thd->nhgd", weights, v.double())
+
+
 class Sums:
     """Squares of errors and of values [layers], for each stream."""
 
@@ -77,7 +93,7 @@ class Sums:
         self.value = {stream: [0.0] * layers for stream in STREAMS}
 
     def add(self, stream: str, layer: int, error: torch.Tensor, value: torch.Tensor) -> None:
-        """Rows [tokens, H, D] in float64; ``error`` and ``value`` have weights on them."""
+        """Errors and values of the same rows, in float64, with any weights on them."""
         self.error[stream][layer] += float(error.square().sum())
         self.value[stream][layer] += float(value.square().sum())
 
@@ -129,13 +145,19 @@ class HeldOut:
         sums = {name: Sums(len(capture.layers)) for name in coders}
         unrotate, shape = capture.unrotate, capture.shape
 
-        def rows_of(index: int, key: torch.Tensor, value: torch.Tensor) -> None:
-            heads, _, dim = shape
+        def rows_of(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+            heads, query_heads, dim = shape
             k, v = key.reshape(-1, heads, dim), value.reshape(-1, heads, dim)
+            q = query.reshape(-1, heads, query_heads // heads, dim)
+            at = torch.arange(len(k) // 2 + QUERY_STRIDE, len(k), QUERY_STRIDE, device=k.device)
+            scale = capture.layers[index][1].impl.scale
+            output = attention(q, k, v, at, scale)
             root = weight_of_channels(q_sq[index], unrotate).sqrt()
             flat = unrotate(k)
             for name, coder in coders.items():
                 k_new, v_new = coder.round_trip(index, k, v, len(k) // lib.BLOCK_TOKENS)
+                difference = attention(q, k_new, v_new, at, scale) - output
+                sums[name].add("output", index, difference, output)
                 error = unrotate(k_new.double() - k.double())
                 sums[name].add("k_seen", index, error * root, flat * root)
                 sums[name].add("k", index, error, flat)
@@ -157,13 +179,13 @@ class HeldOut:
 
 @contextlib.contextmanager
 def _observed(layers: list[tuple[str, Any]], function: Any):
-    """``function(layer index, key, value)`` before every forward of the attention layers."""
+    """``function(layer index, query, key, value)`` before every forward of the attention layers."""
 
     def hook_of(index: int):
         def hook(_module: Any, args: tuple, kwargs: dict) -> None:
             names = ("query", "key", "value")
             values = dict(zip(names, args, strict=False)) | kwargs
-            function(index, values["key"], values["value"])
+            function(index, *(values[name] for name in names))
 
         return hook
 
@@ -191,18 +213,19 @@ def summary(by_layer: list[float]) -> dict[str, Any]:
 
 def error_lines(found: dict[str, Any]) -> list[str]:
     """What :meth:`HeldOut.measure` found, as a table."""
+    columns = {"before": "calibration-free", "after": "calibrated"}
     lines = [
-        f"relative error of pages on {found['tokens']:,} tokens that took no part, "
-        f"{found['recipe']}:",
-        f"  {'':24}{'calibration-free':^26}{'calibrated':^26}".rstrip(),
+        f"{found['recipe']} on {found['tokens']:,} tokens of text that took no part, relative "
+        "error (mean over layers, worst layer):",
+        f"  {'':22}" + "".join(f"  {title:24}" for title in columns.values()),
     ]
     for stream, label in STREAMS.items():
         cells = [
-            f"{x['mean']:.4f}, layer {x['worst_layer']} {x['worst']:.4f}"
-            for x in (found["streams"][stream][name] for name in ("before", "after"))
+            f"{100 * x['mean']:5.2f} %, {100 * x['worst']:.2f} % in {x['worst_layer']}"
+            for x in (found["streams"][stream][name] for name in columns)
         ]
-        lines.append(f"  {label:24}" + "".join(f"{cell:^26}" for cell in cells).rstrip())
-    return [*lines, "  (mean over layers, then the worst layer)"]
+        lines.append(f"  {label:22}" + "".join(f"  {cell:24}" for cell in cells))
+    return [line.rstrip() for line in lines]
 
 
 def allocation_lines(about: dict[str, Any]) -> list[str]:
