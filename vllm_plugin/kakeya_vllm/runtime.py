@@ -139,11 +139,10 @@ def _naming(settings: Settings) -> Iterator[None]:
     """What the codec says of an artefact, with the artefact's path."""
     try:
         yield
-    except (lib.KakeyaError, OSError) as error:
-        if not settings.calibration:
+    except lib.KakeyaError as error:
+        if not settings.calibration or "CALIBRATION" not in error.name:
             raise
-        text = error.text if isinstance(error, lib.KakeyaError) else str(error)
-        raise ConfigError(f"{settings.calibration} cannot be used: {text}") from error
+        raise ConfigError(f"{settings.calibration} cannot be used: {error.text}") from error
 
 
 def _model_shape(vllm_config: Any) -> dict[str, Any]:
