@@ -28,6 +28,7 @@ import torch
 from kakeya_vllm import engine, lib
 from kakeya_vllm.evaluation.simulate import PageCoder
 from kakeya_vllm.runtime import codec_of
+from kakeya_vllm.support import UnsupportedFeature
 
 STREAMS = {"output": "attention's output", "k_seen": "K as queries weigh it", "k": "K", "v": "V"}
 # The calibration-free twin of a recipe begins with this one.
@@ -127,10 +128,13 @@ class HeldOut:
             names = [name for name, _ in engine.attention_layers(model)]
             return codec_of(model, names, config, recipe, artefact)
 
-        return engine.on_model(self.llm, make)
+        try:
+            return engine.on_model(self.llm, make)
+        except (lib.KakeyaError, UnsupportedFeature) as error:
+            raise SystemExit(f"kakeya: {getattr(error, 'text', error)}") from error
 
     def codec(self, artefact: bytes) -> lib.Codec:
-        """The recipe's codec with a calibration; raises KakeyaError for one that is refused."""
+        """The recipe's codec with a calibration; SystemExit with the reason if it is refused."""
         return self._codec(self.recipe, artefact)
 
     def measure(
