@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kakeya_vllm import calibrate, lib
+from kakeya_vllm import calibrate, config, lib
 from safetensors.torch import save
 
 
@@ -40,7 +40,7 @@ class Statistics:
 
     def artefact(self, fingerprint: str = "none") -> bytes:
         """The file's bytes. ``fingerprint``: of the model that an engine will check it against."""
-        metadata = {"format": calibrate.FORMAT, "model_fingerprint": fingerprint}
+        metadata = {"format": config.ARTEFACT_FORMAT, "model_fingerprint": fingerprint}
         return save(self.tensors, metadata=metadata)
 
 

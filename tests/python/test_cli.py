@@ -11,8 +11,9 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 def test_defaults():
-    args = cli.build_parser().parse_args(["calibrate", "MODEL", "--text", "t.txt"])
-    assert (args.tokens, args.out) == (16384, None)
+    args = cli.build_parser().parse_args(["calibrate", "MODEL"])
+    assert (args.text, args.tokens, args.out) == (None, 16384, None)
+    assert (args.ratio, args.recipe, args.weights_only) == (4.6, None, False)
     args = cli.build_parser().parse_args(["eval", "--model", "M", "--text", "t.txt"])
     assert (args.passages, args.caches, args.json, args.mode) == (None, None, None, "snapshot")
     args = cli.build_parser().parse_args(
@@ -25,7 +26,8 @@ def test_defaults():
     ("argv", "words"),
     [
         ([], "required: command"),
-        (["calibrate", "M"], "--text"),
+        (["calibrate"], "model"),
+        (["calibrate", "M", "--ratio", "4", "--recipe", "kakeya-4.6x"], "not allowed with"),
         (["calibrate", "M", "--text", "t", "--tokens", "100"], "one passage of 2048"),
         (["calibrate", "M", "--text", "t", "--tokens", "many"], "invalid"),
         (["eval", "--model", "M", "--text", "t", "--passages", "0"], "not a positive"),
@@ -40,6 +42,20 @@ def test_bad_arguments_are_refused(argv, words, capsys):
         cli.main(argv)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--ratio", "40"], "ratio is 40; valid"),
+        (["--recipe", "kakeya-4.7x"], "no preset is named 'kakeya-4.7x'"),
+        (["--recipe", "no/such.json"], "cannot read the recipe file"),
+        (["--text", "no/such.txt"], "does not exist"),
+    ],
+)
+def test_what_calibrate_cannot_take_is_named(argv, words):
+    with pytest.raises(SystemExit, match=words):
+        cli.main(["calibrate", "MODEL", *argv])
 
 
 def test_calibrating_on_the_test_split_is_refused():

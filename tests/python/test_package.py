@@ -20,6 +20,11 @@ def test_library_lies_in_the_package():
     assert library.read_bytes()[:4] == b"\x7fELF"
 
 
+def test_calibration_text_lies_in_the_package():
+    files = {str(path) for path in distribution("kakeya-vllm").files}
+    assert {"kakeya_vllm/data/calibration.txt", "kakeya_vllm/data/README.md"} <= files
+
+
 def test_version_is_the_package_version():
     assert distribution("kakeya-vllm").version == kakeya_vllm.__version__
 

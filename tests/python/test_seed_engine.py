@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from kakeya_vllm import cli, config, engine
-from kakeya_vllm.calibrate import write_artefact
 from kakeya_vllm.evaluation import protocol
 from kakeya_vllm.evaluation.metrics import TokenFigures
 from kakeya_vllm.evaluation.protocol import Cache, Steps
@@ -48,8 +47,7 @@ def artefact(llm, tmp_path_factory):
     tensors, about = calibration.collect(llm, passages, find("v1.3-ppl"))
     fingerprint = config.model_fingerprint(llm.llm_engine.vllm_config.model_config.hf_text_config)
     path = tmp_path_factory.mktemp("artefact") / "tiny.safetensors"
-    form = calibration.FORMAT
-    return write_artefact(path, form, tensors, fingerprint, "tiny", str(TEXT), about)
+    return calibration.write(path, tensors, fingerprint, "tiny", {"split": "validation"} | about)
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,8 @@ def test_validation_text_has_no_marks_left():
 
 def test_known_files_are_the_ones_in_data():
     for digest, split in text.SPLITS.items():
-        assert any(split[:5] in f.name and text.sha256_of(f) == digest for f in DATA.glob("*.txt"))
+        files = {f: f.name for f in DATA.glob("*.txt")} | {text.BUNDLED_TEXT: "validation"}
+        assert any(split[:5] in n and text.sha256_of(f) == digest for f, n in files.items())
 
 
 def test_passages_are_cut_from_the_start_or_spread():
@@ -85,3 +86,44 @@ def test_missing_and_binary_text_are_refused(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SystemExit, match=r"bad\.txt is not UTF-8"):
         text.read_text(tmp_path / "bad.txt")
+
+
+def test_test_text_is_known_by_its_words(tmp_path):
+    """Other line ends, no blank lines, or turned into prose: still the test."""
+    original = text.read_text(DATA / "wikitext2-test.txt")
+    forms = {
+        "crlf": original.replace("\n", "\r\n"),
+        "dense": "\n".join(line.strip() for line in original.split("\n") if line.strip()),
+        "prose": text.detokenise(original),
+    }
+    for name, form in forms.items():
+        path = tmp_path / name
+        path.write_bytes(form.encode())
+        with pytest.raises(SystemExit, match=r"WikiText-2 test split.*evaluation only"):
+            text.refuse_test_text(text.read_text(path), path)
+    for path in (DATA / "wikitext2-valid-tokenised.txt", text.BUNDLED_TEXT):
+        text.refuse_test_text(text.read_text(path), path)
+
+
+def test_bundled_text_is_a_part_of_the_validation_split():
+    import bundle_text
+
+    bundled = text.read_text(text.BUNDLED_TEXT)
+    assert bundled == bundle_text.bundled_text(text.read_text(bundle_text.SOURCE))
+    assert text.SPLITS[text.sha256_of(text.BUNDLED_TEXT)] == "validation"
+    assert text.BUNDLED_TEXT.stat().st_size < 400_000
+    test = set(text.detokenise(text.read_text(DATA / "wikitext2-test.txt")).split("\n"))
+    assert not {line for line in bundled.split("\n") if len(line) > 40} & test
+    assert (text.BUNDLED_TEXT.parent / "README.md").is_file()
+
+
+def test_held_out_passages_take_no_part():
+    tokens = list(range(1000))
+    for count in (1, 2, 8, 50, 99):
+        fitted = text.spread_passages(tokens, 10, count)
+        held_out = text.held_out_passages(tokens, 10, count)
+        assert len(held_out) == min(100 - count, max(1, count // 4))
+        used = [token for passage in fitted + held_out for token in passage]
+        assert len(used) == len(set(used))
+        assert all(len(passage) == 10 for passage in held_out)
+    assert text.held_out_passages(tokens, 10, 100) == []

@@ -259,6 +259,20 @@ def make_tiny_model(directory: Path, *, kv_heads: int = 2, **overrides: Any) -> 
     return directory
 
 
+def add_byte_tokenizer(directory: Path) -> Path:
+    """Give a model of make_tiny_model a tokenizer: one token a byte, ids 3 to 258."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i + 3 for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(about))
+    return directory
+
+
 def read_pages(worker: Any, layer: int) -> list[list[str]]:
     """Pages of all blocks that were ever sealed in a layer: [block][head], as hex.
 

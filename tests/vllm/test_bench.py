@@ -83,7 +83,7 @@ def test_engines_accept_the_artefact(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(bench_gpu.json.dumps(bench_gpu.QWEN3_4B))
     path = bench_gpu.artefact(str(tmp_path), config.DEFAULT_RECIPE)
     fingerprint = config.model_fingerprint(AutoConfig.from_pretrained(tmp_path))
-    config.check_fingerprint(path, fingerprint)
+    config.check_metadata(path, fingerprint)
     assert bench_gpu.artefact(str(tmp_path), config.FALLBACK_RECIPE) == ""
 
 

@@ -34,14 +34,17 @@ def model_config() -> Any:
     )
 
 
-def resolve(env: dict[str, str] | None = None, chosen: dict[str, Any] | None = None) -> Any:
+def resolve(
+    env: dict[str, str] | None = None, chosen: dict[str, Any] | None = None, calibrate: Any = None
+) -> Any:
     base = {"KAKEYA_CACHE": "/nonexistent"}
     additional = {} if chosen is None else {config.KEY: chosen}
-    return config.resolve(additional, model_config(), base | (env or {}))
+    return config.resolve(additional, model_config(), base | (env or {}), calibrate)
 
 
 def artefact(path: Path, fingerprint: str | None) -> Path:
-    metadata = {} if fingerprint is None else {"model_fingerprint": fingerprint}
+    metadata = {"format": config.ARTEFACT_FORMAT}
+    metadata |= {} if fingerprint is None else {"model_fingerprint": fingerprint}
     save_file({"x": torch.zeros(1)}, path, metadata=metadata)
     return path
 
@@ -161,6 +164,12 @@ def test_artefacts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a readable safetensors file"):
         resolve({"KAKEYA_CALIBRATION": str(broken)})
 
+    old = tmp_path / "old.safetensors"
+    metadata = {"format": "kakeya-calibration-0", "model_fingerprint": fingerprint}
+    save_file({"x": torch.zeros(1)}, old, metadata=metadata)
+    with pytest.raises(ConfigError, match="has the format kakeya-calibration-0, this version"):
+        resolve({"KAKEYA_CALIBRATION": str(old)})
+
     free = resolve({"KAKEYA_CALIBRATION": str(right), "KAKEYA_RECIPE": "kakeya-free-4.6x"})
     assert free.calibration is None
     assert "is not used" in free.warnings[0]
@@ -174,6 +183,48 @@ def test_artefact_at_the_default_place(tmp_path: Path) -> None:
     settings = resolve(env)
     assert settings.recipe == "kakeya-4.6x"
     assert settings.calibration == str(path)
+
+
+def test_auto_makes_the_artefact_where_there_is_none(tmp_path: Path) -> None:
+    env = {"KAKEYA_CACHE": str(tmp_path), "KAKEYA_CALIBRATION": "auto"}
+    made = []
+
+    def calibrate(path: Path, fingerprint: str) -> None:
+        made.append(path)
+        path.parent.mkdir(parents=True)
+        artefact(path, fingerprint)
+
+    with pytest.raises(ConfigError, match="kakeya calibrate some/model"):
+        resolve(env)  # a worker, or an engine without the backend: nobody to calibrate
+    with pytest.raises(ConfigError, match="KAKEYA_PREFILL"):
+        resolve(env | {"KAKEYA_PREFILL": "cooked"}, calibrate=calibrate)
+    with pytest.raises(ConfigError, match=r"kakeya-9\.9x"):
+        resolve(env | {"KAKEYA_RECIPE": "kakeya-9.9x"}, calibrate=calibrate)
+    free = resolve(env | {"KAKEYA_RECIPE": "kakeya-free-4.6x"}, calibrate=calibrate)
+    assert free.calibration is None
+    assert "KAKEYA_CALIBRATION=auto is not used" in free.warnings[0]
+    assert made == []
+
+    settings = resolve(env, calibrate=calibrate)
+    path = config.default_calibration_path(config.model_fingerprint(HF), env)
+    assert made == [path]
+    assert (settings.recipe, settings.calibration) == ("kakeya-4.6x", str(path))
+    assert settings.warnings == ()
+    assert resolve(env, calibrate=calibrate) == resolve(env) == settings
+    assert made == [path]
+    # A worker is told the path, not the word.
+    worker = resolve(env, settings.to_dict())
+    assert (worker.recipe, worker.calibration) == (settings.recipe, settings.calibration)
+
+
+def test_auto_checks_what_was_made(tmp_path: Path) -> None:
+    def calibrate(path: Path, _fingerprint: str) -> None:
+        path.parent.mkdir(parents=True)
+        artefact(path, "0" * 64)
+
+    chosen = {"calibration": "auto", "recipe": "kakeya-5.3x"}
+    with pytest.raises(ConfigError, match="another model"):
+        resolve({"KAKEYA_CACHE": str(tmp_path)}, chosen, calibrate)
 
 
 def test_cache_directory() -> None:

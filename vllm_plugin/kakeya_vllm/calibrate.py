@@ -23,33 +23,40 @@ only channels slow enough to keep their phase over 2,048 positions. The same sco
 tokens of a block for `sink_mass`, which tells the codec how many of them deserve to be exact; it is
 a mean over the query heads of the group and over every 64th query of a passage's second half.
 
-Cost: two forward passes over the text; memory of one passage of one layer.
+Cost: two forward passes over the text; memory of one passage of one layer. The sums are written
+beside the output after every passage, so an interrupted calibration goes on where it was
+(progress.py). Passages that took no part then show what was gained (heldout.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import hashlib
+import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kakeya_vllm import __version__, engine
-from kakeya_vllm.config import default_calibration_path, model_fingerprint
+from kakeya_vllm import __version__, engine, heldout, lib
+from kakeya_vllm.config import ARTEFACT_FORMAT, default_calibration_path, model_fingerprint
+from kakeya_vllm.progress import Progress, key_of, weights_digest, write_atomically
 from kakeya_vllm.rope import Rope, find
 from kakeya_vllm.text import (
+    BUNDLED_TEXT,
     SPLITS,
-    WIKITEXT2_TEST_SHA256,
     detokenise,
+    held_out_passages,
     read_text,
+    refuse_test_text,
     sha256_of,
     spread_passages,
     tokenise,
 )
 
-FORMAT = "kakeya-calibration-1"
-BLOCK = 128
+BLOCK = lib.BLOCK_TOKENS
 # The first tokens of a sequence are sinks in most models and never typical: they take no part in
 # any statistic.
 SKIPPED_POSITIONS = 8
@@ -59,6 +66,10 @@ SINK_REACH, SINK_TURN = 2048, 2.0
 SINK_RANKS = 8
 # Queries that `sink_mass` is averaged over: far from the keys of the first half, and few.
 SINK_QUERY_STRIDE = 64
+# Least variance, and mean square of queries, of a channel, as a share of its head's median. The
+# codec's scales follow a block from a quarter to 32 times the calibrated deviation: a channel that
+# stood still on the calibration text may then still move as far as the others do.
+LEAST_SHARE = 1e-3
 
 
 def hadamard(size: int) -> torch.Tensor:
@@ -177,6 +188,28 @@ class LayerStatistics:
         )
         self.query.add(rows)
 
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Everything that passages add to, by name; float64. The tensors themselves, not copies."""
+        found = {"mass": self.mass, "passages": torch.tensor(float(self.passages)).double()}
+        for name in ("query", "key", "value"):
+            moments = getattr(self, name)
+            count = torch.as_tensor(moments.count, dtype=torch.float64)
+            found |= {f"{name}.count": count}
+            found |= {f"{name}.total": moments.total, f"{name}.squares": moments.squares}
+        return found
+
+    def restore(self, sums: dict[str, torch.Tensor]) -> None:
+        """Take over the sums of another; the second pass has to be started by hand."""
+        device = self.mass.device
+        self.mass = sums["mass"].to(device)
+        self.passages = int(sums["passages"])
+        for name in ("query", "key", "value"):
+            moments = getattr(self, name)
+            count = sums[f"{name}.count"]
+            moments.count = count.to(device) if count.ndim else float(count)
+            moments.total = sums[f"{name}.total"].to(device)
+            moments.squares = sums[f"{name}.squares"].to(device)
+
     def start_second_pass(self) -> None:
         self.score_vector = self.query.mean() * (
             self.unrotate.channel_frequency * SINK_REACH < SINK_TURN
@@ -240,11 +273,11 @@ class Capture:
             )
         (self.shape,) = shapes
         device = next(model.parameters()).device
-        unrotate = Unrotation(
+        self.unrotate = Unrotation(
             find(model, [name for name, _ in self.layers], hf_config), self.shape[2], device
         )
         self.statistics = [
-            LayerStatistics(*self.shape, unrotate, module.impl.scale, device)
+            LayerStatistics(*self.shape, self.unrotate, module.impl.scale, device)
             for _, module in self.layers
         ]
         self.expected_tokens = 0
@@ -263,6 +296,15 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The sums of all layers, [layers, ...] on the CPU."""
+        layers = [statistics.sums() for statistics in self.statistics]
+        return {name: torch.stack([sums[name] for sums in layers]).cpu() for name in layers[0]}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        for i, statistics in enumerate(self.statistics):
+            statistics.restore({name: stacked[i].clone() for name, stacked in state.items()})
 
     def start_second_pass(self) -> None:
         self.second = True
@@ -295,33 +337,55 @@ class Capture:
             )
 
 
-def collect(llm, passages: list[list[int]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def capture_of(llm) -> Capture:
+    """Ready to collect on ``llm``, an engine of `engine.in_process_engine`."""
+    hf_config = llm.llm_engine.vllm_config.model_config.hf_text_config
+    return engine.on_model(llm, lambda model: Capture(model, hf_config))
+
+
+def collect(
+    llm, capture: Capture, passages: list[list[int]], progress: Progress | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Statistics of `passages` (each a whole number of blocks, at most a chunk) and their shape.
 
-    `llm` is an engine of `engine.in_process_engine`. Returns float32 tensors on the CPU and the
-    shape entries of the artefact's metadata.
+    Returns float32 tensors on the CPU and the shape entries of the artefact's metadata.
+    `progress`: where sums are kept, and what they go on from.
     """
     from tqdm import tqdm
 
-    hf_config = llm.llm_engine.vllm_config.model_config.hf_text_config
-    capture = engine.on_model(llm, lambda model: Capture(model, hf_config))
-    total = 2 * sum(map(len, passages))
-    with capture.hooks(), tqdm(total=total, unit="tok", unit_scale=True, desc="calibrating") as bar:
+    found = progress.load(capture.state()) if progress else None
+    if found is not None:
+        capture.restore(found[2])
+    resumed = found[:2] if found else (False, 0)
+    tokens = sum(map(len, passages))
+    with (
+        capture.hooks(),
+        tqdm(total=2 * tokens, unit="tok", unit_scale=True, desc="calibrating") as bar,
+    ):
         for second in (False, True):
             if second:
                 capture.start_second_pass()
-            for passage in passages:
-                capture.run(llm, passage)
+            for i, passage in enumerate(passages):
+                if (second, i) >= resumed:
+                    capture.run(llm, passage)
+                    if progress:
+                        progress.save(second, i + 1, capture.state())
                 bar.update(len(passage))
     results = [statistics.result() for statistics in capture.statistics]
     tensors = {
         name: torch.stack([r[name] for r in results]).float().cpu().contiguous()
         for name in results[0]
     }
-    check(tensors)
+    try:
+        check(tensors)
+    except SystemExit:
+        # The sums themselves are spoilt: going on from them would end here again.
+        if progress:
+            progress.remove()
+        raise
     heads, query_heads, dim = capture.shape
     return tensors, {
-        "tokens": str(total // 2),
+        "tokens": str(tokens),
         "num_layers": str(len(results)),
         "num_kv_heads": str(heads),
         "num_q_heads": str(query_heads),
@@ -329,61 +393,159 @@ def collect(llm, passages: list[list[int]]) -> tuple[dict[str, torch.Tensor], di
     }
 
 
-def calibrate(model: str, text_path: str, tokens: int, out: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Sample:
+    """What a calibration runs on: passages of 2,048 tokens, those that take no part and show its
+    error, and what the artefact says of their origin."""
+
+    passages: list[list[int]]
+    held_out: list[list[int]]
+    about: dict[str, str]
+
+
+def sample_of_text(ids: list[int], tokens: int, path: str | Path) -> Sample:
+    """Passages spread over the token ids of a text. Of the bundled text as many as it has, of
+    another text as many as were asked for (SystemExit where it is too short)."""
+    count = tokens // engine.CHUNK
+    if Path(path) == BUNDLED_TEXT:
+        # One in five is left for the error.
+        count = min(count, max(1, len(ids) // engine.CHUNK * 4 // 5))
+    digest = sha256_of(path)
+    return Sample(
+        spread_passages(ids, engine.CHUNK, count),
+        held_out_passages(ids, engine.CHUNK, count),
+        {"text_sha256": digest, "split": SPLITS.get(digest, "unknown")},
+    )
+
+
+def sample_of_weights(vocabulary: int, tokens: int, text: Sample) -> Sample:
+    """Random token ids: whatever the model makes of them comes from its weights alone. The error is
+    shown on ``text``, none of which takes part."""
+    draw = random.Random(0)
+    passages = [
+        [draw.randrange(vocabulary) for _ in range(engine.CHUNK)]
+        for _ in range(tokens // engine.CHUNK)
+    ]
+    return Sample(passages, text.held_out, {"text_sha256": "none", "split": "random tokens"})
+
+
+def calibrate(
+    model: str,
+    text_path: str | Path | None = None,
+    tokens: int = 8 * engine.CHUNK,
+    out: str | Path | None = None,
+    *,
+    weights_only: bool = False,
+    recipe: str | None = None,
+    expected_fingerprint: str | None = None,
+    tokenizer: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Path:
     """Write the calibration artefact of `model` and return its path.
 
-    `tokens` is rounded down to whole passages of 2,048. `out` defaults to the place where the
-    plugin looks. The WikiText-2 test split is refused.
+    `text_path` None: the bundled text. `weights_only`: on random tokens, and the text shows the
+    error only. `tokens` is rounded down to whole passages of 2,048. `out` defaults to the place
+    where the plugin looks. `recipe`: at which the error on held-out passages is reported; the
+    artefact serves every one. `expected_fingerprint`: another model is refused. `settings`: more
+    of vllm.LLM's.
+
+    Raises SystemExit with the reason: test text, a text too short, a model or a recipe that the
+    codec does not serve, statistics that are not finite.
     """
-    refuse_test_split(text_path)
-    ids = tokenise(model, detokenise(read_text(text_path)))
-    passages = spread_passages(ids, engine.CHUNK, tokens // engine.CHUNK)
+    path = BUNDLED_TEXT if text_path is None else text_path
+    text = read_text(path)
+    refuse_test_text(text, path)
+    recipe = recipe or heldout.recipe_of_ratio(4.6)
+    settings = settings or {}
+    ids = tokenise(tokenizer or model, detokenise(text), **_tokenizer_settings(settings))
+    sample = sample_of_text(ids, tokens, path)
     print(f"kakeya: loading {model}", flush=True)
-    llm = engine.in_process_engine(model)
-    fingerprint = model_fingerprint(llm.llm_engine.vllm_config.model_config.hf_text_config)
-    tensors, shape = collect(llm, passages)
-    target = Path(out) if out else default_calibration_path(fingerprint)
-    return write_artefact(target, FORMAT, tensors, fingerprint, model, text_path, shape)
-
-
-def refuse_test_split(text_path: str) -> None:
-    """SystemExit if the text is the one that figures are measured on."""
-    if sha256_of(text_path) == WIKITEXT2_TEST_SHA256:
+    llm = engine.in_process_engine(model, tokenizer=tokenizer, **settings)
+    model_config = llm.llm_engine.vllm_config.model_config
+    if weights_only:
+        sample = sample_of_weights(model_config.get_vocab_size(), tokens, sample)
+    fingerprint = model_fingerprint(model_config.hf_text_config)
+    if expected_fingerprint not in (None, fingerprint):
         raise SystemExit(
-            f"kakeya: {text_path} is the WikiText-2 test split, which is for evaluation only"
+            f"kakeya: the model fingerprint is {fingerprint}, not {expected_fingerprint}: "
+            f"{model} was loaded with another configuration than it is to be calibrated for"
         )
-
-
-def write_artefact(
-    target: Path,
-    file_format: str,
-    tensors: dict[str, torch.Tensor],
-    fingerprint: str,
-    model: str,
-    text_path: str,
-    about: dict[str, str],
-) -> Path:
-    """Write tensors with where they come from as metadata; returns ``target``."""
-    from safetensors.torch import save_file
-
-    digest = sha256_of(text_path)
+    target = Path(out) if out else default_calibration_path(fingerprint)
+    progress = Progress(
+        target,
+        key_of(
+            format=ARTEFACT_FORMAT,
+            version=__version__,
+            model=fingerprint,
+            weights=engine.on_model(llm, weights_digest),
+            dtype=str(model_config.dtype),
+            passages=hashlib.sha256(json.dumps(sample.passages).encode()).hexdigest(),
+        ),
+    )
+    # The codec judges model and recipe before minutes are spent on them.
+    pages = heldout.HeldOut(llm, recipe)
+    capture = capture_of(llm)
+    tensors, shape = collect(llm, capture, sample.passages, progress)
+    raised = regularise(tensors)
     metadata = {
-        "format": file_format,
+        "format": ARTEFACT_FORMAT,
         "model_fingerprint": fingerprint,
         "model": Path(model).name,
-        "text_sha256": digest,
-        "split": SPLITS.get(digest, "unknown"),
         "kakeya_version": __version__,
-        **about,
+        "raised_channels": str(raised),
+        **sample.about,
+        **shape,
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed: a reader never sees half a file.
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    save_file(tensors, str(partial), metadata=metadata)
-    # safetensors makes its files private to the user; an artefact is shared like any other file.
-    partial.chmod(0o644)
-    os.replace(partial, target)
+    codec = pages.codec(artefact_bytes(tensors, metadata))
+    if raised:
+        print(f"kakeya: {raised} channels that hardly move were given a least variance")
+    if sample.held_out:
+        found = pages.measure(capture, tensors["q_sq"], codec, sample.held_out)
+        metadata["held_out"] = json.dumps(found)
+        _print(heldout.error_lines(found))
+    else:
+        _print(["no error on held-out text: the text has no passage that took no part"])
+    _print(heldout.allocation_lines(codec.describe()))
+    print("the artefact serves every recipe and ratio: bits are allocated when it is loaded")
+    write_atomically(target, artefact_bytes(tensors, metadata))
+    progress.remove()
     return target
+
+
+def _print(lines: list[str]) -> None:
+    print("\n".join(["", *lines]), flush=True)
+
+
+def artefact_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """The bytes of an artefact: tensors, and where they come from."""
+    from safetensors.torch import save
+
+    return save(tensors, metadata=metadata)
+
+
+def _tokenizer_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of an engine's settings, those that choose its tokenizer."""
+    names = {"tokenizer_revision": "revision", "trust_remote_code": "trust_remote_code"}
+    return {names[n]: v for n, v in settings.items() if n in names and v}
+
+
+def regularise(tensors: dict[str, torch.Tensor]) -> int:
+    """Raise variances and mean squares that are next to nothing, in place; how many were.
+
+    No channel of a head gets less than LEAST_SHARE of the head's median (of its mean, where more
+    than half of the channels are dead; a head that is all zero stays so, and the codec has a floor
+    of its own for it).
+    """
+    raised = 0
+    for name in ("k_var", "v_var", "q_sq"):
+        values = tensors[name]
+        # The upper one of two: with half of the channels dead it is still that of a living one.
+        median = values.sort(-1).values[..., values.shape[-1] // 2, None]
+        typical = torch.where(median > 0, median, values.mean(-1, keepdim=True))
+        least = LEAST_SHARE * typical
+        raised += int((values < least).sum())
+        tensors[name] = torch.maximum(values, least)
+    return raised
 
 
 def check(tensors: dict[str, torch.Tensor]) -> None:

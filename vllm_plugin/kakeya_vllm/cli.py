@@ -76,7 +76,16 @@ def build_parser() -> argparse.ArgumentParser:
         "calibrate", help="measure a model's keys, values and queries on a text"
     )
     c.add_argument("model", help="directory or name of the model, as vLLM takes it")
-    c.add_argument("--text", required=True, help="UTF-8 text to run through the model")
+    c.add_argument(
+        "--text",
+        help="UTF-8 text to run through the model (default: the text in the package, prose of an "
+        "encyclopedia)",
+    )
+    c.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="run random tokens instead of a text, which then only shows the error",
+    )
     c.add_argument(
         "--tokens",
         type=calibration_tokens,
@@ -86,10 +95,18 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--out", help="artefact to write (default: where the plugin looks for this model's)"
     )
-
-    c.add_argument(
+    reported = c.add_mutually_exclusive_group()
+    reported.add_argument(
+        "--ratio",
+        type=float,
+        default=4.6,
+        help="capacity ratio at which the error on held-out text and the allocation of bits are "
+        "printed; the artefact serves every ratio (default %(default)s)",
+    )
+    reported.add_argument("--recipe", help="the same for a recipe: a preset or a file")
+    reported.add_argument(
         "--for",
-        dest="recipe",
+        dest="seed_recipe",
         help="calibrate a recipe of the seed instead, such as v1.3-ppl (docs/seed.md)",
     )
 
@@ -170,13 +187,36 @@ def build_parser() -> argparse.ArgumentParser:
 
 def calibrate_command(args: argparse.Namespace) -> Path:
     """`kakeya calibrate`: the artefact that was written."""
-    if args.recipe:
+    if args.seed_recipe:
+        if args.weights_only:
+            raise SystemExit("kakeya: --weights-only is for KAKEYA's own recipes, not with --for")
         from kakeya_vllm.seed.calibration import calibrate_for
 
-        return calibrate_for(args.model, args.text, args.tokens, args.recipe, args.out)
+        return calibrate_for(args.model, args.text, args.tokens, args.seed_recipe, args.out)
     from kakeya_vllm.calibrate import calibrate
 
-    return calibrate(args.model, args.text, args.tokens, args.out)
+    return calibrate(
+        args.model,
+        args.text,
+        args.tokens,
+        args.out,
+        weights_only=args.weights_only,
+        recipe=_recipe(args.recipe, args.ratio),
+    )
+
+
+def _recipe(name: str | None, ratio: float) -> str:
+    """The calibrated recipe that a command line asks for; SystemExit with what is valid."""
+    from kakeya_vllm import config, heldout, lib
+
+    try:
+        if name is None:
+            return heldout.recipe_of_ratio(ratio)
+        recipe = config.read_recipe(name, "--recipe")
+        lib.load().recipe_describe(recipe)
+    except (lib.KakeyaError, config.ConfigError) as error:
+        raise SystemExit(f"kakeya: {getattr(error, 'text', error)}") from None
+    return recipe
 
 
 def main(argv: list[str] | None = None) -> int:

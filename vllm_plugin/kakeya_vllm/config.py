@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,15 @@ KEY = "kakeya"  # additional_config["kakeya"]
 PREFILL_MODES = ("raw", "sealed")
 FALLBACK_RECIPE = "kakeya-free-4.6x"
 DEFAULT_RECIPE = "kakeya-4.6x"
+# KAKEYA_CALIBRATION: this word instead of a path makes the artefact if there is none.
+AUTO = "auto"
+# Of a calibration artefact: `format` in its metadata. The codec asks for the same.
+ARTEFACT_FORMAT = "kakeya-calibration-1"
 
 # name -> what it is, in the order of docs/vllm.md.
 VARIABLES = {
     "KAKEYA_RECIPE": "preset name or path of a recipe JSON file",
-    "KAKEYA_CALIBRATION": "path of a calibration artefact",
+    "KAKEYA_CALIBRATION": "path of a calibration artefact, or auto",
     "KAKEYA_SEED_CALIBRATION": "path of a calibration of the seed's recipes",
     "KAKEYA_BOUNDARY_SKIP_LAYERS": "comma-separated layer numbers that keep the stock cache",
     "KAKEYA_PREFILL": "raw or sealed",
@@ -145,10 +150,17 @@ def read_recipe(value: str, source: str = "KAKEYA_RECIPE") -> str:
         raise ConfigError(f"{source}: cannot read the recipe file {value!r}: {error}") from error
 
 
-def resolve(additional: Any, model_config: Any, env: dict[str, str] | None = None) -> Settings:
+def resolve(
+    additional: Any,
+    model_config: Any,
+    env: dict[str, str] | None = None,
+    calibrate: Callable[[Path, str], None] | None = None,
+) -> Settings:
     """Settings of an engine from ``vllm_config.additional_config`` and the environment.
 
-    ``model_config`` is vLLM's. Raises ConfigError; says in ``warnings`` what was assumed.
+    ``model_config`` is vLLM's. ``calibrate(path, fingerprint)`` makes an artefact where calibration
+    is "auto" and the model has none; it is called after everything else was found to be valid.
+    Raises ConfigError; says in ``warnings`` what was assumed.
     """
     env = dict(os.environ) if env is None else env
     chosen = _section(additional)
@@ -175,7 +187,9 @@ def resolve(additional: Any, model_config: Any, env: dict[str, str] | None = Non
         raise ConfigError(
             f"{sources['prefill']}={values['prefill']!r}; valid: {' or '.join(PREFILL_MODES)}"
         )
-    recipe, calibration, warnings = _recipe_and_calibration(values, sources, model_config, env)
+    recipe, calibration, warnings = _recipe_and_calibration(
+        values, sources, model_config, env, calibrate
+    )
     return Settings(recipe, calibration, layers, prefill, warnings)
 
 
@@ -201,19 +215,27 @@ def _section(additional: Any) -> dict[str, Any]:
 
 
 def _recipe_and_calibration(
-    values: dict[str, Any], sources: dict[str, str], model_config: Any, env: dict[str, str]
+    values: dict[str, Any],
+    sources: dict[str, str],
+    model_config: Any,
+    env: dict[str, str],
+    calibrate: Callable[[Path, str], None] | None,
 ) -> tuple[str, str | None, tuple[str, ...]]:
     library = lib.load()
     model = getattr(model_config, "model", "MODEL")
     fingerprint = model_fingerprint(model_config.hf_text_config)
     default_path = default_calibration_path(fingerprint, env)
+    auto = (values["calibration"] or "").strip().lower() == AUTO
 
     path: Path | None = None
-    if values["calibration"]:
+    if values["calibration"] and not auto:
         path = Path(values["calibration"]).expanduser()
         if not path.is_file():
-            raise ConfigError(f"{sources['calibration']}={values['calibration']!r} is not a file")
-    elif values["calibration"] is None and default_path.is_file():
+            raise ConfigError(
+                f"{sources['calibration']}={values['calibration']!r} is not a file; valid: a path, "
+                f"{AUTO}, or nothing"
+            )
+    elif auto or (values["calibration"] is None and default_path.is_file()):
         # An empty string is a choice of its own: no artefact, wherever one may lie.
         path = default_path
 
@@ -227,7 +249,7 @@ def _recipe_and_calibration(
         warnings = (
             f"no calibration artefact for this model: using {FALLBACK_RECIPE}, which is "
             f"calibration-free and less accurate. `kakeya calibrate {model}` makes one "
-            f"at {default_path}",
+            f"at {default_path}; KAKEYA_CALIBRATION={AUTO} does so at start-up",
         )
     try:
         needs_calibration = bool(library.recipe_describe(recipe)["needs_calibration"])
@@ -236,16 +258,25 @@ def _recipe_and_calibration(
     if needs_calibration and path is None:
         raise ConfigError(
             f"recipe {_short(recipe)} needs a calibration artefact and there is none at "
-            f"{default_path}. Make one with `kakeya calibrate {model}`, name one with "
-            "KAKEYA_CALIBRATION, or choose a calibration-free recipe such as "
-            f"{FALLBACK_RECIPE}"
+            f"{default_path}. Make one with `kakeya calibrate {model}`, or at start-up with "
+            f"KAKEYA_CALIBRATION={AUTO}, name one with KAKEYA_CALIBRATION, or choose a "
+            f"calibration-free recipe such as {FALLBACK_RECIPE}"
         )
     if not needs_calibration:
         if values["calibration"]:
-            warnings += (f"recipe {_short(recipe)} takes no calibration: {path} is not used",)
+            what = f"{sources['calibration']}={AUTO}" if auto else path
+            warnings += (f"recipe {_short(recipe)} takes no calibration: {what} is not used",)
         path = None
     if path is not None:
-        check_fingerprint(path, fingerprint)
+        if auto and not path.is_file():
+            if calibrate is None:
+                raise ConfigError(
+                    f"{sources['calibration']}={AUTO}: there is no artefact at {path} yet, and "
+                    "only an engine with the KAKEYA backend makes one. Run "
+                    f"`kakeya calibrate {model}`"
+                )
+            calibrate(path, fingerprint)
+        check_metadata(path, fingerprint)
     return recipe, None if path is None else str(path), warnings
 
 
@@ -345,12 +376,18 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return metadata
 
 
-def check_fingerprint(path: str | Path, fingerprint: str) -> None:
-    """Refuse an artefact that was made for another model."""
-    found = read_metadata(path).get("model_fingerprint")
+def check_metadata(path: str | Path, fingerprint: str, file_format: str = ARTEFACT_FORMAT) -> None:
+    """Refuse what is no artefact, or one of another format, or one made for another model."""
+    metadata = read_metadata(path)
+    found = metadata.get("model_fingerprint")
     if found is None:
         raise ConfigError(
             f"{path} is not a calibration artefact of KAKEYA: its metadata has no model_fingerprint"
+        )
+    if metadata.get("format") != file_format:
+        raise ConfigError(
+            f"{path} has the format {metadata.get('format')}, this version of KAKEYA reads "
+            f"{file_format}: calibrate the model again"
         )
     if found != fingerprint:
         raise ConfigError(

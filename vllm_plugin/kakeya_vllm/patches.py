@@ -90,7 +90,7 @@ def _prepare(vllm_config: Any) -> None:
     """Refuse what cannot work, then fix the settings for all processes of the engine."""
     from vllm.logger import init_logger
 
-    from kakeya_vllm import config, support
+    from kakeya_vllm import auto, config, runtime, support
 
     logger = init_logger("vllm.kakeya")
     version.require()
@@ -103,8 +103,13 @@ def _prepare(vllm_config: Any) -> None:
             ", ".join(config.VARIABLES),
         )
     support.check_config(vllm_config)
-    settings = config.resolve(vllm_config.additional_config, vllm_config.model_config)
+    settings = config.resolve(
+        vllm_config.additional_config,
+        vllm_config.model_config,
+        calibrate=functools.partial(auto.calibrate_once, vllm_config),
+    )
     support.check_settings(settings)
+    runtime.check_artefact(vllm_config, settings)
     for warning in settings.warnings:
         logger.warning("%s", warning)
     if isinstance(vllm_config.additional_config, dict):

@@ -6,11 +6,13 @@ and before vLLM profiles memory. All compressed layers share it.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kakeya_vllm import banner, lib, rope, support
-from kakeya_vllm.config import Settings
+from kakeya_vllm.config import ConfigError, Settings
 from kakeya_vllm.cuda import CudaWorker
 from kakeya_vllm.open_blocks import OpenBlocks, lookback_tokens, pool_size
 
@@ -106,10 +108,41 @@ class Runtime:
 def make_codec(model: Any, layers: list[str], vllm_config: Any, settings: Settings) -> Any:
     """The codec of a loaded model, whose attention layers have these names: its shape, its rotary
     angles, and the recipe and artefact of the settings."""
+    artefact = Path(settings.calibration).read_bytes() if settings.calibration else None
+    with _naming(settings):
+        return codec_of(model, layers, vllm_config, settings.recipe, artefact)
+
+
+def codec_of(
+    model: Any, layers: list[str], vllm_config: Any, recipe: str, artefact: bytes | None
+) -> Any:
+    """The same from a recipe (name or JSON) and an artefact's bytes."""
     found = rope.find(model, layers, vllm_config.model_config.hf_text_config)
     shape = _model_shape(vllm_config) | {"rope": None if found is None else found.to_json()}
-    artefact = Path(settings.calibration).read_bytes() if settings.calibration else None
-    return lib.load().codec(settings.recipe, shape, artefact)
+    return lib.load().codec(recipe, shape, artefact)
+
+
+def check_artefact(vllm_config: Any, settings: Settings) -> None:
+    """Refuse an artefact that the codec would refuse, before a model is loaded for it.
+
+    Raises ConfigError with the file and the reason. The rotary angles are not known yet and no
+    artefact depends on them.
+    """
+    if settings.calibration:
+        with _naming(settings):
+            artefact = Path(settings.calibration).read_bytes()
+            lib.load().codec(settings.recipe, _model_shape(vllm_config), artefact)
+
+
+@contextlib.contextmanager
+def _naming(settings: Settings) -> Iterator[None]:
+    """What the codec says of an artefact, with the artefact's path."""
+    try:
+        yield
+    except lib.KakeyaError as error:
+        if not settings.calibration or "CALIBRATION" not in error.name:
+            raise
+        raise ConfigError(f"{settings.calibration} cannot be used: {error.text}") from error
 
 
 def _model_shape(vllm_config: Any) -> dict[str, Any]:

@@ -34,17 +34,11 @@ class RoundTrip(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-class Coder:
-    """The codec that an engine with the same settings would use, block by block."""
+class PageCoder:
+    """Seals and opens with a codec, block by block."""
 
-    def __init__(self, llm: Any, model: Any, recipe: str | None) -> None:
-        from kakeya_vllm.runtime import make_codec
-
-        vllm_config = llm.llm_engine.vllm_config
-        chosen = {config.KEY: {"recipe": recipe}} if recipe else {}
-        self.settings = config.resolve(chosen, vllm_config.model_config)
-        names = [name for name, _ in engine.attention_layers(model)]
-        self.codec = make_codec(model, names, vllm_config, self.settings)
+    def __init__(self, codec: lib.Codec) -> None:
+        self.codec = codec
         # Bytes of the last call: pages, and two bytes a value of the rest.
         self.stored: dict[str, int] = {}
 
@@ -79,6 +73,19 @@ class Coder:
         raw = (k.shape[0] - blocks * BLOCK) * heads * 2 * dim
         self.stored = {"kv": blocks * heads * size + RAW_BYTES * raw}
         return k_new, v_new
+
+
+class Coder(PageCoder):
+    """The codec that an engine with the same settings would use."""
+
+    def __init__(self, llm: Any, model: Any, recipe: str | None) -> None:
+        from kakeya_vllm.runtime import make_codec
+
+        vllm_config = llm.llm_engine.vllm_config
+        chosen = {config.KEY: {"recipe": recipe}} if recipe else {}
+        self.settings = config.resolve(chosen, vllm_config.model_config)
+        names = [name for name, _ in engine.attention_layers(model)]
+        super().__init__(make_codec(model, names, vllm_config, self.settings))
 
     def describe(self) -> dict[str, Any]:
         """What an evaluation's JSON says of the codec."""

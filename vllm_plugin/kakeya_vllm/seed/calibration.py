@@ -23,15 +23,16 @@ from typing import Any
 
 import torch
 
-from kakeya_vllm import engine
-from kakeya_vllm.calibrate import Unrotation, refuse_test_split, write_artefact
-from kakeya_vllm.config import cache_dir, check_fingerprint, model_fingerprint, read_metadata
+from kakeya_vllm import __version__, engine
+from kakeya_vllm.calibrate import Unrotation, artefact_bytes, sample_of_text
+from kakeya_vllm.config import cache_dir, check_metadata, model_fingerprint, read_metadata
+from kakeya_vllm.progress import write_atomically
 from kakeya_vllm.rope import find as find_rope
 from kakeya_vllm.seed import recipe as recipes
 from kakeya_vllm.seed import scalar, whitening
 from kakeya_vllm.seed.codec import BlockCodec
 from kakeya_vllm.seed.recipe import SeedRecipe, StreamRecipe
-from kakeya_vllm.text import detokenise, read_text, spread_passages, tokenise
+from kakeya_vllm.text import BUNDLED_TEXT, detokenise, read_text, refuse_test_text, tokenise
 
 FORMAT = "kakeya-seed-calibration-1"
 VARIABLE = "KAKEYA_SEED_CALIBRATION"
@@ -73,7 +74,7 @@ def load(path: str | Path, fingerprint: str, shape: tuple[int, int, int]) -> Art
             f"{path} has format {metadata.get('format')!r}; this version reads {FORMAT}. Make one "
             "with `kakeya calibrate MODEL --text TEXT --for v1.3-ppl`"
         )
-    check_fingerprint(path, fingerprint)
+    check_metadata(path, fingerprint, FORMAT)
     tensors = load_file(str(path))
     layers, heads, dim = shape
     expected = {"sigma_q": (layers, heads, dim, dim)}
@@ -248,7 +249,7 @@ def collect(
 
 
 def calibrate_for(
-    model: str, text_path: str, tokens: int, name: str, out: str | None = None
+    model: str, text_path: str | None, tokens: int, name: str, out: str | None = None
 ) -> Path:
     """Write the artefact of recipe ``name`` for ``model``; ``tokens`` and the text as in
     :func:`kakeya_vllm.calibrate.calibrate`. The WikiText-2 test split is refused."""
@@ -256,12 +257,32 @@ def calibrate_for(
     if recipe is None or recipe.k.codec != "pca" or recipe.v.codec != "pca":
         valid = ", ".join(n for n, r in recipes.PRESETS.items() if r.k.codec == "pca")
         raise SystemExit(f"kakeya: --for {name}: valid are {valid}, and files with such a base")
-    refuse_test_split(text_path)
-    ids = tokenise(model, detokenise(read_text(text_path)))
-    passages = spread_passages(ids, engine.CHUNK, tokens // engine.CHUNK)
+    path = BUNDLED_TEXT if text_path is None else text_path
+    text = read_text(path)
+    refuse_test_text(text, path)
+    sample = sample_of_text(tokenise(model, detokenise(text)), tokens, path)
     print(f"kakeya: loading {model}", flush=True)
     llm = engine.in_process_engine(model)
     fingerprint = model_fingerprint(llm.llm_engine.vllm_config.model_config.hf_text_config)
-    tensors, about = collect(llm, passages, recipe)
+    tensors, about = collect(llm, sample.passages, recipe)
     target = Path(out) if out else default_path(fingerprint)
-    return write_artefact(target, FORMAT, tensors, fingerprint, model, text_path, about)
+    return write(target, tensors, fingerprint, model, sample.about | about)
+
+
+def write(
+    target: Path,
+    tensors: dict[str, torch.Tensor],
+    fingerprint: str,
+    model: str,
+    about: dict[str, str],
+) -> Path:
+    """The artefact of ``tensors``, with ``about`` in its metadata; returns ``target``."""
+    metadata = {
+        "format": FORMAT,
+        "model_fingerprint": fingerprint,
+        "model": Path(model).name,
+        "kakeya_version": __version__,
+        **about,
+    }
+    write_atomically(target, artefact_bytes(tensors, metadata))
+    return target
