@@ -221,8 +221,8 @@ def test_recipes_of_ratios_and_their_twins():
         assert about["ratio"] == twin["ratio"] == ratio
         assert about["needs_calibration"]
         assert not twin["needs_calibration"]
-    twin = library.recipe_describe(heldout.free_twin("kakeya-5.3x-uniform"))
-    preset = library.recipe_describe("kakeya-free-5.3x-uniform")
+    twin = library.recipe_describe(heldout.free_twin("kakeya-5.3x"))
+    preset = library.recipe_describe("kakeya-free-5.3x")
     assert {k: v for k, v in twin.items() if k != "name"} == {
         k: v for k, v in preset.items() if k != "name"
     }
@@ -373,12 +373,12 @@ def test_interrupted_and_resumed_equals_run_through(served, tmp_path, monkeypatc
 
 def test_random_tokens_need_no_text_to_fit(served, tmp_path, capsys):
     path = calibrate.calibrate(
-        served, None, engine.CHUNK, tmp_path / "w", weights_only=True, recipe="kakeya-5.3x-uniform"
+        served, None, engine.CHUNK, tmp_path / "w", weights_only=True, recipe="kakeya-5.3x"
     )
-    assert "kakeya-5.3x-uniform on" in capsys.readouterr().out
+    assert "kakeya-5.3x on" in capsys.readouterr().out
     about, tensors = read(path)
     assert (about["split"], about["text_sha256"]) == ("random tokens", "none")
-    assert json.loads(about["held_out"])["recipe"] == "kakeya-5.3x-uniform"
+    assert json.loads(about["held_out"])["recipe"] == "kakeya-5.3x"
     assert set(tensors) > {"k_var", "q_sq", "v_var", "sink_mass"}
 
 

@@ -48,7 +48,7 @@ def test_bad_arguments_are_refused(argv, words, capsys):
     ("argv", "words"),
     [
         (["--ratio", "40"], "ratio is 40; valid"),
-        (["--recipe", "kakeya-4.7x"], "no preset is named 'kakeya-4.7x'"),
+        (["--recipe", "kakeya-9.7x"], "no recipe is named 'kakeya-9.7x'"),
         (["--recipe", "no/such.json"], "cannot read the recipe file"),
         (["--text", "no/such.txt"], "does not exist"),
     ],

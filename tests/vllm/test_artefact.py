@@ -131,7 +131,7 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("recipe", ["kakeya-4.6x", "kakeya-4.6x-uniform", "kakeya-6.4x-lloyd-max"])
+@pytest.mark.parametrize("recipe", ["kakeya-4.6x", "kakeya-4.6x-trellis", "kakeya-6.4x-lloyd-max"])
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_statistics_give_finite_pages(name: str, recipe: str) -> None:
     codec = lib.load().codec(recipe, SHAPE, artefact(DEGENERATE[name]))
@@ -143,7 +143,7 @@ def test_degenerate_statistics_give_finite_pages(name: str, recipe: str) -> None
             assert all(bool(torch.isfinite(x).all()) for x in rows)
 
 
-@pytest.mark.parametrize("recipe", ["kakeya-4.6x", "kakeya-4.6x-uniform"])
+@pytest.mark.parametrize("recipe", ["kakeya-4.6x", "kakeya-4.6x-trellis"])
 def test_a_channel_that_stood_still_may_move(recipe: str) -> None:
     """One channel was dead on the calibration text and moves like the others here. With the least
     variance it is coded like them; without, it is lost, and its unit has fewer bits for others."""
