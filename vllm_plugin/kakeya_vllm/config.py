@@ -73,7 +73,7 @@ class Settings:
     @property
     def block_tokens(self) -> int:
         """Tokens of a page."""
-        return lib.BLOCK_TOKENS if self.seed is None else seed_recipe.SERVED_ROWS
+        return lib.BLOCK_TOKENS if self.seed is None else self.seed.k.block_rows
 
     def to_dict(self) -> dict[str, Any]:
         """The form that additional_config carries to the workers."""
@@ -188,12 +188,6 @@ def _is_of_the_seed(text: str) -> bool:
     return isinstance(base, str) and seed_recipe.find(base) is not None
 
 
-def block_tokens(additional: Any, env: dict[str, str] | None = None) -> int:
-    """Tokens of a page under the recipe that ``additional_config`` or the environment names:
-    what can be known before anything is resolved. ConfigError as :func:`resolve`."""
-    return lib.BLOCK_TOKENS if chosen_seed(additional, env) is None else seed_recipe.SERVED_ROWS
-
-
 def chosen_seed(
     additional: Any, env: dict[str, str] | None = None
 ) -> seed_recipe.SeedRecipe | None:
@@ -240,25 +234,25 @@ def resolve(
         raise ConfigError(
             f"{sources['prefill']}={values['prefill']!r}; valid: {' or '.join(PREFILL_MODES)}"
         )
-    if values["recipe"]:
-        text = read_recipe(values["recipe"].strip(), sources["recipe"])
-        seed = served_recipe(text, sources["recipe"])
-        if seed is not None:
-            if prefill != "raw":
-                raise ConfigError(
-                    f"{sources['prefill']}={values['prefill']!r} with recipe {seed.name}, one of "
-                    "the seed's; valid: raw"
-                )
-            own = chosen.get("calibration")
-            calibration, warnings = _seed_calibration(seed, own, model_config, env)
-            try:
-                layers = tuple(sorted({*layers, *seed.boundary(num_layers)}))
-            except seed_recipe.RecipeError as error:
-                raise ConfigError(f"{sources['recipe']}: {error}") from error
-            recipe = text if text.lstrip().startswith("{") else seed.name
-            if text != seed.name:
-                warnings = (_served_warning(text, seed), *warnings)
-            return Settings(recipe, calibration, layers, prefill, warnings)
+    text = read_recipe((values["recipe"] or "").strip(), sources["recipe"])
+    seed = served_recipe(text, sources["recipe"])
+    if seed is not None:
+        if prefill != "raw":
+            raise ConfigError(
+                f"{sources['prefill']}={values['prefill']!r} with recipe {seed.name}, one of the "
+                "seed's; valid: raw"
+            )
+        try:
+            layers = tuple(sorted({*layers, *seed.boundary(num_layers)}))
+        except seed_recipe.RecipeError as error:
+            raise ConfigError(f"{sources['recipe']}: {error}") from error
+        calibration, warnings = _seed_calibration(
+            seed, chosen.get("calibration"), model_config, env
+        )
+        if text != seed.name:
+            warnings = (_served_warning(text, seed), *warnings)
+        recipe = text if text.lstrip().startswith("{") else seed.name
+        return Settings(recipe, calibration, layers, prefill, warnings)
     recipe, calibration, warnings = _recipe_and_calibration(
         values, sources, model_config, env, calibrate
     )

@@ -40,11 +40,12 @@ def check_config(vllm_config: Any) -> None:
     """Raise UnsupportedFeature if anything in the engine's configuration is not supported, and
     ConfigError for a recipe of the seed that cannot be served."""
     seed = config.chosen_seed(vllm_config.additional_config)
+    block = BLOCK_TOKENS if seed is None else seed.k.block_rows
     platform = _platform_features if seed is None else functools.partial(_seed_features, seed.name)
     features = [
         *platform(vllm_config),
         *_model_features(vllm_config.model_config),
-        *_cache_features(vllm_config, config.block_tokens(vllm_config.additional_config)),
+        *_cache_features(vllm_config, block),
         *_parallel_features(vllm_config.parallel_config),
         *_replicated_heads(vllm_config),
         *_speculative_features(vllm_config),
@@ -64,7 +65,8 @@ def _seed_features(name: str, vllm_config: Any) -> list[str]:
             "simulates it)"
         )
     if vllm_config.speculative_config is not None:
-        # Drafts would be sealed and sealed again, at many milliseconds a block.
+        # Drafts that fill a block would be sealed and then sealed again, at 20 ms a head, and might
+        # have more outliers than a page has room for.
         found.append(f"speculative decoding with recipe {name}")
     return found
 
@@ -154,8 +156,8 @@ def _model_features(model: Any) -> list[str]:
     return found
 
 
-def _cache_features(vllm_config: Any, block: int = BLOCK_TOKENS) -> list[str]:
-    """``block``: tokens of a page."""
+def _cache_features(vllm_config: Any, block: int) -> list[str]:
+    """What of the cache's settings is refused, with pages of ``block`` tokens."""
     cache, model = vllm_config.cache_config, vllm_config.model_config
     found = []
     dtype = str(model.dtype).removeprefix("torch.")
