@@ -7,8 +7,8 @@ never there as a whole. Values are not decoded at all: the weights of a block's 
 through its codes, and the basis comes once a query (``BlockCodec.weighted_sums``). Keys were coded
 before RoPE, which turns every token by another angle, so no product of a query and the basis holds
 for all tokens of a block (those of single frequencies would, at D times the rank a query and token,
-which is what decoding a key costs once for all queries). The keys of one block of one head are decoded, looked at by all queries of the
-sequence, and dropped.
+which is what decoding a key costs once for all queries). The keys of one block of one head are
+decoded, looked at by all queries of the sequence, and dropped.
 """
 
 from __future__ import annotations
