@@ -121,6 +121,14 @@ def test_row_38_and_39_seed_recipes_are_simulated_in_every_mode():
         plan("v1.3-ppl", "generate")
 
 
+def test_a_recipe_in_the_environment_is_named_to_be_simulated(monkeypatch):
+    assert [c.kind for c in plan("v1.3-ppl-served")] == ["simulated"]
+    monkeypatch.setenv("KAKEYA_RECIPE", "v1.3-ppl")
+    with pytest.raises(SystemExit, match=r"KAKEYA_RECIPE=v1\.3-ppl is one of the seed's.*--caches"):
+        plan(None)
+    assert plan("kakeya-4.6x")[0].kind == "kakeya"
+
+
 def test_row_48_simulated_caches_share_the_engine_of_their_reference():
     from kakeya_vllm.evaluation.protocol import REFERENCE, Cache, engine_groups
 

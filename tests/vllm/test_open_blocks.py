@@ -152,6 +152,28 @@ def test_chunked_prefill_with_ragged_chunks() -> None:
     check_map(pool, scheduler)
 
 
+def test_blocks_may_be_longer() -> None:
+    """The seed's of 512 tokens: 300 tokens are open, 512 are not, 1,000 leave the second open."""
+    pool = OpenBlocks(64, 8, block_tokens=512)
+    new = [("a", 300, [1]), ("b", 512, [2]), ("c", 1000, [3, 4])]
+    pool.update(
+        SimpleNamespace(
+            scheduled_new_reqs=[
+                SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=0)
+                for name, _, blocks in new
+            ],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()
+            ),
+            num_scheduled_tokens={name: count for name, count, _ in new},
+            finished_req_ids=set(),
+            preempted_req_ids=set(),
+        )
+    )
+    assert [pool.slots_of(name).keys() for name in "abc"] == [{0}, set(), {1}]
+    assert (pool.open_slot >= 0).nonzero().flatten().tolist() == [1, 4]
+
+
 def test_prefix_hit_starts_at_a_block_boundary() -> None:
     pool, scheduler = make()
     pool.update(scheduler.step(new={"a": (0, 300)}))

@@ -27,6 +27,7 @@ from kakeya_vllm.config import ConfigError
 # the ranks of a data-parallel or torchrun launch.
 _NOT_INHERITED = (
     "KAKEYA_CALIBRATION",
+    "KAKEYA_SEED_CALIBRATION",
     "KAKEYA_RECIPE",
     "KAKEYA_BOUNDARY_SKIP_LAYERS",
     "VLLM_ATTENTION_BACKEND",

@@ -96,7 +96,8 @@ def _recipe(runtime: Any) -> str:
     if "quantizer" in about:
         quantizer = about["quantizer"]
         parts.append(quantizer if isinstance(quantizer, str) else json.dumps(quantizer))
-    parts.append(f"{about['page_bytes']} B a page of {lib.BLOCK_TOKENS} tokens and one KV head")
+    tokens = runtime.settings.block_tokens
+    parts.append(f"{about['page_bytes']} B a page of {tokens} tokens and one KV head")
     if about.get("fingerprint"):
         parts.append(f"tables {str(about['fingerprint'])[:16]}")
     return ", ".join(parts)

@@ -85,8 +85,8 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 class Unrotation:
-    """Takes RoPE off rows [n, heads, D] at positions 0..n-1. `rope`: kakeya_vllm.rope.Rope, None
-    for a model without."""
+    """Takes RoPE off rows [n, heads, D] at consecutive positions. `rope`: kakeya_vllm.rope.Rope,
+    None for a model without."""
 
     def __init__(self, rope: Rope | None, dim: int, device):
         half = (rope.rotary_dim if rope else 0) // 2
@@ -105,10 +105,11 @@ class Unrotation:
         self.channel_frequency[self.first] = self.frequency
         self.channel_frequency[self.second] = self.frequency
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Float64 [n, heads, D]: what was rotated, before."""
+    def __call__(self, rows: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Float64 [n, heads, D]: what was rotated, before; the first row stands at `start`."""
         rows = rows.double()
-        angle = torch.arange(rows.shape[0], device=rows.device)[:, None, None] * self.frequency
+        positions = torch.arange(start, start + rows.shape[0], device=rows.device)
+        angle = positions[:, None, None] * self.frequency
         cos, sin = angle.cos(), angle.sin()
         x, y = rows[..., self.first], rows[..., self.second]
         rows[..., self.first] = x * cos + y * sin

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kakeya_vllm import lib
+from kakeya_vllm.seed import recipe as seed_recipe
 
 KEY = "kakeya"  # additional_config["kakeya"]
 PREFILL_MODES = ("raw", "sealed")
@@ -53,7 +54,8 @@ class ConfigError(ValueError):
 class Settings:
     """Choices of one engine.
 
-    ``recipe``: preset name or recipe JSON. ``calibration``: path or None.
+    ``recipe``: preset name or recipe JSON; of the seed's, one in its served form (:attr:`seed`).
+    ``calibration``: path or None; of a recipe of the seed, of its kind of artefact.
     ``boundary_skip_layers``: sorted layer numbers. ``warnings``: to be logged once at start-up.
     """
 
@@ -62,6 +64,16 @@ class Settings:
     boundary_skip_layers: tuple[int, ...]
     prefill: str
     warnings: tuple[str, ...] = ()
+
+    @property
+    def seed(self) -> seed_recipe.SeedRecipe | None:
+        """The served form of a recipe of the seed; None with a recipe of KAKEYA's own."""
+        return served_recipe(self.recipe)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a page."""
+        return lib.BLOCK_TOKENS if self.seed is None else self.seed.k.block_rows
 
     def to_dict(self) -> dict[str, Any]:
         """The form that additional_config carries to the workers."""
@@ -150,6 +162,41 @@ def read_recipe(value: str, source: str = "KAKEYA_RECIPE") -> str:
         raise ConfigError(f"{source}: cannot read the recipe file {value!r}: {error}") from error
 
 
+def served_recipe(recipe: str, source: str = "KAKEYA_RECIPE") -> seed_recipe.SeedRecipe | None:
+    """The served form of a recipe of the seed, from its name or JSON; None for any other recipe.
+
+    ConfigError for one that cannot be served, or cannot be.
+    """
+    try:
+        if not recipe.lstrip().startswith("{"):
+            found = seed_recipe.find(recipe)
+        elif _is_of_the_seed(recipe):
+            found = seed_recipe.parse(recipe, "from a file", "the recipe file")
+        else:
+            found = None
+        return None if found is None else seed_recipe.served(found)
+    except seed_recipe.RecipeError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _is_of_the_seed(text: str) -> bool:
+    """Whether a recipe file changes a recipe of the seed: KAKEYA's own have a "base" as well."""
+    try:
+        base = json.loads(text).get("base")
+    except (ValueError, AttributeError):
+        return False
+    return isinstance(base, str) and seed_recipe.find(base) is not None
+
+
+def chosen_seed(
+    additional: Any, env: dict[str, str] | None = None
+) -> seed_recipe.SeedRecipe | None:
+    """The served form of the recipe of the seed that was chosen, if one was."""
+    env = dict(os.environ) if env is None else env
+    value = _section(additional).get("recipe") or env.get("KAKEYA_RECIPE") or ""
+    return served_recipe(read_recipe(value.strip()))
+
+
 def resolve(
     additional: Any,
     model_config: Any,
@@ -187,10 +234,64 @@ def resolve(
         raise ConfigError(
             f"{sources['prefill']}={values['prefill']!r}; valid: {' or '.join(PREFILL_MODES)}"
         )
+    text = read_recipe((values["recipe"] or "").strip(), sources["recipe"])
+    seed = served_recipe(text, sources["recipe"])
+    if seed is not None:
+        if prefill != "raw":
+            raise ConfigError(
+                f"{sources['prefill']}={values['prefill']!r} with recipe {seed.name}, one of the "
+                "seed's; valid: raw"
+            )
+        try:
+            layers = tuple(sorted({*layers, *seed.boundary(num_layers)}))
+        except seed_recipe.RecipeError as error:
+            raise ConfigError(f"{sources['recipe']}: {error}") from error
+        calibration, warnings = _seed_calibration(
+            seed, chosen.get("calibration"), model_config, env
+        )
+        if text != seed.name:
+            warnings = (_served_warning(text, seed), *warnings)
+        recipe = text if text.lstrip().startswith("{") else seed.name
+        return Settings(recipe, calibration, layers, prefill, warnings)
     recipe, calibration, warnings = _recipe_and_calibration(
         values, sources, model_config, env, calibrate
     )
     return Settings(recipe, calibration, layers, prefill, warnings)
+
+
+def _served_warning(text: str, seed: seed_recipe.SeedRecipe) -> str:
+    """That the served form of a recipe of the seed is not what its name, or file, says."""
+    budgets = {x.outlier_budget for x in (seed.k, seed.v)} - {None}
+    room = f", and room for {max(budgets):.0%} of outliers" if budgets else ""
+    return (
+        f"recipe {_short(text)} is served in its form for pages, {seed.name}: blocks of "
+        f"{seed_recipe.SERVED_ROWS} tokens of single heads, each with a basis of its own{room}"
+    )
+
+
+def _seed_calibration(
+    seed: seed_recipe.SeedRecipe, chosen: str | None, model_config: Any, env: dict[str, str]
+) -> tuple[str | None, tuple[str, ...]]:
+    """Path of the artefact that a recipe of the seed needs, and warnings. ``chosen``: what
+    additional_config names; KAKEYA_CALIBRATION is of KAKEYA's own recipes."""
+    from kakeya_vllm.seed import calibration
+
+    warnings: tuple[str, ...] = ()
+    if env.get("KAKEYA_CALIBRATION") and chosen is None:
+        warnings = (
+            f"KAKEYA_CALIBRATION is not used: recipe {seed.name} takes {calibration.VARIABLE}",
+        )
+    if not seed.needs_calibration:
+        return None, warnings
+    fingerprint = model_fingerprint(model_config.hf_text_config)
+    try:
+        path = calibration.find_path(
+            seed, getattr(model_config, "model", "MODEL"), fingerprint, chosen, env
+        )
+    except calibration.CalibrationError as error:
+        raise ConfigError(str(error)) from error
+    check_metadata(path, fingerprint, calibration.FORMAT)
+    return str(path), warnings
 
 
 def _section(additional: Any) -> dict[str, Any]:

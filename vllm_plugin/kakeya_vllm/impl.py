@@ -22,6 +22,8 @@ _DTYPES = {
 class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
     """Attention over compressed pages and open blocks, for one layer."""
 
+    block_tokens = lib.BLOCK_TOKENS
+
     def __init__(
         self,
         num_heads: int,
@@ -62,7 +64,7 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
             num_open + on_gpu,
             2,
             self.num_kv_heads,
-            lib.BLOCK_TOKENS,
+            self.block_tokens,
             head_size,
             dtype=torch.get_default_dtype(),
         )

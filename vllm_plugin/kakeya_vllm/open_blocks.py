@@ -1,8 +1,9 @@
 """Open blocks: which raw block of the pool belongs to which KV-cache block, kept exactly.
 
 A block that is not full cannot be a page yet; its tokens lie raw in an *open block*. Each layer
-has a pool of them, ``[num_open][2 (K, V)][heads][128][head_dim]``; a slot index means the same
-sequence in every layer, so one map ``open_slot[block_id] -> slot`` (int32, -1 = none) serves all.
+has a pool of them, ``[num_open][2 (K, V)][heads][block][head_dim]``, with a block of 128 tokens, or
+of 512 for the seed's recipes; a slot index means the same sequence in every layer, so one map
+``open_slot[block_id] -> slot`` (int32, -1 = none) serves all.
 
 Slots are followed per request from what the scheduler says in each step, never guessed from
 tensors: only the scheduler knows that a request was aborted or preempted and that its block ids
@@ -83,10 +84,19 @@ class _Request:
 class OpenBlocks:
     """The map from block id to slot for one KV-cache group, updated once a step."""
 
-    def __init__(self, num_blocks: int, num_open: int, *, group: int = 0, lookback: int = 0):
+    def __init__(
+        self,
+        num_blocks: int,
+        num_open: int,
+        *,
+        group: int = 0,
+        lookback: int = 0,
+        block_tokens: int = BLOCK_TOKENS,
+    ):
         """``num_blocks``: of the KV cache; ``group``: index of our KV-cache group in the tuples
-        of block ids; ``lookback``: see :func:`lookback_tokens`."""
+        of block ids; ``lookback``: see :func:`lookback_tokens`; ``block_tokens``: of a block."""
         self.num_open = num_open
+        self._block = block_tokens
         self.open_slot = torch.full((num_blocks,), -1, dtype=torch.int32)
         self.peak = 0
         self._map = self.open_slot.numpy()  # the same memory; item access is far cheaper
@@ -172,17 +182,17 @@ class OpenBlocks:
         request.computed = end
         if count == 0:
             return
-        head, tail = start // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS
+        head, tail = start // self._block, (end - 1) // self._block
         if tail >= len(request.block_ids):
             raise OpenBlockError(
                 f"request {request_id} computes up to token {end} with only "
                 f"{len(request.block_ids)} blocks"
             )
         for index in {head, tail}:
-            first = index * BLOCK_TOKENS
-            if index in request.slots or (start <= first and first + BLOCK_TOKENS <= end):
+            first = index * self._block
+            if index in request.slots or (start <= first and first + self._block <= end):
                 continue
-            if index == head and start % BLOCK_TOKENS:
+            if index == head and start % self._block:
                 # Its first tokens were never written raw here: reading them would be garbage.
                 raise OpenBlockError(
                     f"request {request_id} continues inside block {index} at token {start}, "
@@ -211,7 +221,7 @@ class OpenBlocks:
 
     def _release_sealed(self, request: _Request, computed: int) -> None:
         """Free the slots of blocks that are full for good, given ``computed`` tokens."""
-        settled = (computed - self._lookback) // BLOCK_TOKENS
+        settled = (computed - self._lookback) // self._block
         if request.slots:
             self._release(request, [index for index in request.slots if index < settled])
 

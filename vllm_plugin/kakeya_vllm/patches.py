@@ -109,6 +109,11 @@ def _prepare(vllm_config: Any) -> None:
         calibrate=functools.partial(auto.calibrate_once, vllm_config),
     )
     support.check_settings(settings)
+    if settings.seed is not None:
+        # As --block-size would: the CPU platform then leaves it alone, and vLLM does not take the
+        # backend that it remembers from an engine with pages of 128 tokens.
+        vllm_config.cache_config.block_size = settings.block_tokens
+        vllm_config.cache_config.user_specified_block_size = True
     runtime.check_artefact(vllm_config, settings)
     for warning in settings.warnings:
         logger.warning("%s", warning)
@@ -136,8 +141,13 @@ def cpu_platform(module: ModuleType) -> None:
                 return original.__func__(
                     cls, selected_backend, attn_selector_config, *args, **kwargs
                 )
-            from kakeya_vllm import backend
+            from kakeya_vllm import backend, config
 
+            if config.current().seed is not None:
+                from kakeya_vllm.seed import backend as seed_backend
+
+                seed_backend.SeedBackend.require(attn_selector_config)
+                return seed_backend.PATH
             backend.KakeyaBackend.require(attn_selector_config)
             return register.BACKEND_PATH
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kakeya_vllm import banner, lib, rope, support
+from kakeya_vllm import banner, config, lib, rope, support
 from kakeya_vllm.config import ConfigError, Settings
 from kakeya_vllm.cuda import CudaWorker
 from kakeya_vllm.open_blocks import OpenBlocks, lookback_tokens, pool_size
@@ -94,20 +94,29 @@ class Runtime:
             names = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
             raise support.UnsupportedFeature([f"{len(groups)} kinds of KV cache ({names})"])
         block_size = groups[0].kv_cache_spec.block_size
-        if block_size != lib.BLOCK_TOKENS:
+        valid = self.settings.block_tokens
+        if block_size != valid:
             raise support.UnsupportedFeature(
-                [f"block size {block_size} (valid: {lib.BLOCK_TOKENS}, the codec's block)"]
+                [f"block size {block_size} (valid: {valid}, the codec's block)"]
             )
         self.open_blocks = OpenBlocks(
             kv_cache_config.num_blocks,
             pool_size(self.vllm_config),
             lookback=lookback_tokens(self.vllm_config),
+            block_tokens=valid,
         )
 
 
 def make_codec(model: Any, layers: list[str], vllm_config: Any, settings: Settings) -> Any:
     """The codec of a loaded model, whose attention layers have these names: its shape, its rotary
-    angles, and the recipe and artefact of the settings."""
+    angles, and the recipe and artefact of the settings. For a recipe of the seed its PageCodec."""
+    if settings.seed is not None:
+        from kakeya_vllm.seed.pages import PageCodec
+
+        found = rope.find(model, layers, vllm_config.model_config.hf_text_config)
+        return PageCodec(
+            settings.seed, _seed_shape(vllm_config), found, _seed_artefact(vllm_config, settings)
+        )
     artefact = Path(settings.calibration).read_bytes() if settings.calibration else None
     with _naming(settings):
         return codec_of(model, layers, vllm_config, settings.recipe, artefact)
@@ -128,10 +137,31 @@ def check_artefact(vllm_config: Any, settings: Settings) -> None:
     Raises ConfigError with the file and the reason. The rotary angles are not known yet and no
     artefact depends on them.
     """
-    if settings.calibration:
+    if settings.seed is not None:
+        _seed_artefact(vllm_config, settings)
+    elif settings.calibration:
         with _naming(settings):
             artefact = Path(settings.calibration).read_bytes()
             lib.load().codec(settings.recipe, _model_shape(vllm_config), artefact)
+
+
+def _seed_artefact(vllm_config: Any, settings: Settings) -> Any:
+    """The artefact of a recipe of the seed, None if it needs none; ConfigError for an unfit one."""
+    if settings.calibration is None:
+        return None
+    from kakeya_vllm.seed import calibration
+
+    fingerprint = config.model_fingerprint(vllm_config.model_config.hf_text_config)
+    try:
+        return calibration.load(settings.calibration, fingerprint, _seed_shape(vllm_config))
+    except calibration.CalibrationError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _seed_shape(vllm_config: Any) -> tuple[int, int, int]:
+    """Layers, KV heads and head dimension of the whole model."""
+    shape = _model_shape(vllm_config)
+    return shape["num_layers"], shape["num_kv_heads"], shape["head_dim"]
 
 
 @contextlib.contextmanager

@@ -8,9 +8,10 @@ layer is built.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from kakeya_vllm import lib, version
+from kakeya_vllm import config, lib, version
 from kakeya_vllm.lib import BLOCK_TOKENS
 
 # Drafts from these methods come without a model, so no layer of a drafter needs a cache.
@@ -36,17 +37,38 @@ def layer_index(prefix: str) -> int | None:
 
 
 def check_config(vllm_config: Any) -> None:
-    """Raise UnsupportedFeature if anything in the engine's configuration is not supported."""
+    """Raise UnsupportedFeature if anything in the engine's configuration is not supported, and
+    ConfigError for a recipe of the seed that cannot be served."""
+    seed = config.chosen_seed(vllm_config.additional_config)
+    block = BLOCK_TOKENS if seed is None else seed.k.block_rows
+    platform = _platform_features if seed is None else functools.partial(_seed_features, seed.name)
     features = [
-        *_platform_features(vllm_config),
+        *platform(vllm_config),
         *_model_features(vllm_config.model_config),
-        *_cache_features(vllm_config),
+        *_cache_features(vllm_config, block),
         *_parallel_features(vllm_config.parallel_config),
         *_replicated_heads(vllm_config),
         *_speculative_features(vllm_config),
     ]
     if features:
         raise UnsupportedFeature(features)
+
+
+def _seed_features(name: str, vllm_config: Any) -> list[str]:
+    """What a recipe of the seed does not do and others do."""
+    from vllm.platforms import current_platform
+
+    found = []
+    if not current_platform.is_cpu():
+        found.append(
+            f"recipe {name} on a GPU (it is served on the CPU only; on a GPU `kakeya eval` "
+            "simulates it)"
+        )
+    if vllm_config.speculative_config is not None:
+        # Drafts that fill a block would be sealed and then sealed again, at 20 ms a head, and might
+        # have more outliers than a page has room for.
+        found.append(f"speculative decoding with recipe {name}")
+    return found
 
 
 def _platform_features(vllm_config: Any) -> list[str]:
@@ -134,7 +156,8 @@ def _model_features(model: Any) -> list[str]:
     return found
 
 
-def _cache_features(vllm_config: Any) -> list[str]:
+def _cache_features(vllm_config: Any, block: int) -> list[str]:
+    """What of the cache's settings is refused, with pages of ``block`` tokens."""
     cache, model = vllm_config.cache_config, vllm_config.model_config
     found = []
     dtype = str(model.dtype).removeprefix("torch.")
@@ -143,11 +166,11 @@ def _cache_features(vllm_config: Any) -> list[str]:
             f"kv_cache_dtype {cache.cache_dtype} (valid: auto or {dtype}, the model's own; "
             "KAKEYA_RECIPE chooses the compression)"
         )
-    if cache.user_specified_block_size and cache.block_size != BLOCK_TOKENS:
-        found.append(f"block size {cache.block_size} (valid: {BLOCK_TOKENS}, the codec's block)")
-    if getattr(cache, "prefix_match_unit", None) not in (None, BLOCK_TOKENS):
+    if cache.user_specified_block_size and cache.block_size != block:
+        found.append(f"block size {cache.block_size} (valid: {block}, the codec's block)")
+    if getattr(cache, "prefix_match_unit", None) not in (None, block):
         found.append(
-            f"prefix_match_unit {cache.prefix_match_unit} (valid: unset or {BLOCK_TOKENS}; a page "
+            f"prefix_match_unit {cache.prefix_match_unit} (valid: unset or {block}; a page "
             "cannot be copied in part)"
         )
     if cache.kv_sharing_fast_prefill:

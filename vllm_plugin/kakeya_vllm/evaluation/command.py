@@ -65,6 +65,12 @@ def plan_caches(
             caches.append(Cache(name, "stock", name))
             continue
         seed = _seed_recipe(name)
+        served = os.environ.get("KAKEYA_RECIPE")
+        if name is None and _seed_recipe(served) is not None:
+            raise SystemExit(
+                f"kakeya: KAKEYA_RECIPE={served} is one of the seed's, which this command "
+                "simulates: name it with --caches (its form in pages with -served behind it)"
+            )
         if seed is not None and mode == "generate":
             raise SystemExit(
                 f"kakeya: {name} is simulated; mode generate and --task are for caches that serve"

@@ -43,9 +43,9 @@ class CalibrationError(ValueError):
     """An artefact that cannot be used, or is missing: says why and what to do."""
 
 
-def default_path(fingerprint: str) -> Path:
+def default_path(fingerprint: str, env: dict[str, str] | None = None) -> Path:
     """Where an artefact is looked for when VARIABLE names none."""
-    return cache_dir() / "calibration" / f"{fingerprint}.seed.safetensors"
+    return cache_dir(env) / "calibration" / f"{fingerprint}.seed.safetensors"
 
 
 @dataclasses.dataclass
@@ -91,19 +91,34 @@ def load(path: str | Path, fingerprint: str, shape: tuple[int, int, int]) -> Art
     return Artefact(str(path), metadata, tensors["sigma_q"], tables)
 
 
-def find_artefact(recipe: SeedRecipe, model: str, hf_config: Any, shape: tuple) -> Artefact | None:
-    """The artefact that a recipe needs, from VARIABLE or the default place, or None."""
-    if not recipe.needs_calibration:
-        return None
-    fingerprint = model_fingerprint(hf_config)
-    path = Path(os.environ.get(VARIABLE) or default_path(fingerprint))
+def find_path(
+    recipe: SeedRecipe,
+    model: str,
+    fingerprint: str,
+    chosen: str | None = None,
+    env: dict[str, str] | None = None,
+) -> Path:
+    """Where the artefact that a recipe needs is: ``chosen``, VARIABLE or the default place.
+
+    CalibrationError if there is no file.
+    """
+    env = dict(os.environ) if env is None else env
+    path = Path(chosen or env.get(VARIABLE) or default_path(fingerprint, env)).expanduser()
     if not path.is_file():
         raise CalibrationError(
             f"recipe {recipe.name} needs a calibration and there is none at {path}. Make one "
             f"with `kakeya calibrate {model} --text TEXT --for {recipe.name}`, or name one with "
             f"{VARIABLE}"
         )
-    return load(path, fingerprint, shape)
+    return path
+
+
+def find_artefact(recipe: SeedRecipe, model: str, hf_config: Any, shape: tuple) -> Artefact | None:
+    """The artefact that a recipe needs, from VARIABLE or the default place, or None."""
+    if not recipe.needs_calibration:
+        return None
+    fingerprint = model_fingerprint(hf_config)
+    return load(find_path(recipe, model, fingerprint), fingerprint, shape)
 
 
 class Rows:

@@ -161,9 +161,7 @@ class BlockCodec:
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """Float32 rows [B, n, d] from what is stored."""
         r, basis = self.recipe, encoded.basis
-        z = self.levels.to(encoded.norm.device)[encoded.indices.long()]
-        if encoded.outlier is not None:
-            z = torch.where(encoded.outlier, encoded.exact, z)
+        z = self._quantised(encoded)
         rest = z.new_zeros(*z.shape[:2], basis.rows.shape[1])
         for length in encoded.length.unique().tolist():
             of = encoded.length == length
@@ -181,6 +179,33 @@ class BlockCodec:
         for level in encoded.levels:
             c = c + level.value()
         return basis.unproject(c)
+
+    def weighted_sums(self, encoded: Encoded, weights: torch.Tensor) -> torch.Tensor:
+        """Float32 [q, d]: for each row of ``weights`` [q, n] the sum of the rows of a block (the
+        only one of ``encoded``) times their weights.
+
+        What :meth:`decode` does to every row is done to the sums: the weights go to the codes and,
+        by centre, to the coefficients t; the transform, the centres and the basis then come once a
+        row of weights. ValueError with norm_correction, which looks at every row by itself.
+        """
+        r, basis = self.recipe, encoded.basis
+        if r.norm_correction:
+            raise ValueError("norm_correction is of single rows; their sums cannot be folded")
+        length, rank = int(encoded.length[0]), basis.rows.shape[1]
+        scaled = weights if self._unit() else weights * encoded.norm
+        z = scaled @ self._quantised(encoded)[0, :, :length]
+        back = unrotate(z, r.seed) if r.rotation else z / length**0.5
+        c = back[:, :rank]
+        for level in encoded.levels:
+            by_centre = weights.new_zeros(len(weights), level.centres.shape[1])
+            by_centre.index_add_(1, level.chosen[0], weights * level.t)
+            c = c + by_centre @ level.centres[0]
+        return weights.sum(-1, keepdim=True) * basis.mean + c @ basis.rows[0]
+
+    def _quantised(self, encoded: Encoded) -> torch.Tensor:
+        """The values [B, n, L] that codes stand for, outliers at their own."""
+        z = self.levels.to(encoded.norm.device)[encoded.indices.long()]
+        return z if encoded.outlier is None else torch.where(encoded.outlier, encoded.exact, z)
 
     def stored_bytes(self, encoded: Encoded, d: int) -> int:
         """Bytes of all blocks' slots, shared bases counted once."""

@@ -132,7 +132,7 @@ class SeedCoder:
     ) -> tuple[torch.Tensor, int, int]:
         """Rows with whole blocks coded, how many rows these are, and their bytes."""
         whitened = stream == "k" and layer in self.factors
-        codec = self._codec(stream, recipe, whitened)
+        codec = self.codec(stream, recipe, whitened)
         blocks = blocks_of(rows, recipe)
         streams, count, n, d = blocks.shape
         done = streams * count * n
@@ -151,7 +151,8 @@ class SeedCoder:
             coded.view(-1, d)[:done] = decoded[0]
         return coded, done, codec.stored_bytes(encoded, d)
 
-    def _codec(self, stream: str, recipe: StreamRecipe, whitened: bool) -> BlockCodec:
+    def codec(self, stream: str, recipe: StreamRecipe, whitened: bool) -> BlockCodec:
+        """The codec of keys (whitened or not) or values under a stream's recipe."""
         key = (stream, recipe, whitened)
         if key not in self.codecs:
             table = None

@@ -308,6 +308,9 @@ def _rows(name: str, **switches: Any) -> SeedRecipe:
 PRESETS = _presets()
 # After any name but a file's: the first tokens uncompressed.
 SINK, SINK_TOKENS = "-sink", 4
+# After a name that vLLM can serve: its form in pages (:func:`served`), of blocks of so many rows
+# whose side lists have room for so large a share of outliers.
+SERVED, SERVED_ROWS, SERVED_BUDGET = "-served", 512, 0.08
 # Names with a number: what they are, and the recipe of the number.
 FAMILIES: dict[str, tuple[re.Pattern[str], Any]] = {
     "d4-Q": (re.compile(r"d4-(\d+)"), lambda n, q: _rows(n, codec="d4", q=int(q))),
@@ -322,7 +325,63 @@ FAMILIES: dict[str, tuple[re.Pattern[str], Any]] = {
 
 def names() -> list[str]:
     """Every name that is valid."""
-    return [*PRESETS, *FAMILIES, f"any of these with {SINK}"]
+    return [*PRESETS, *FAMILIES, f"any of these with {SINK}", f"those of v1.3 with {SERVED}"]
+
+
+def served_names() -> list[str]:
+    """Presets that have a served form."""
+    return [name for name, recipe in PRESETS.items() if not _reasons_not_to_serve(recipe)]
+
+
+def _reasons_not_to_serve(recipe: SeedRecipe) -> list[str]:
+    """What keeps a recipe from pages of one size that stand for themselves; empty if nothing."""
+    found = []
+    for stream in (recipe.k, recipe.v):
+        if stream.codec != "pca":
+            found.append(f"codec {stream.codec} has no slots")
+            continue
+        if stream.variance_ratio < 1:
+            found.append(
+                f"variance_ratio {stream.variance_ratio} gives every block a rank of its own, and "
+                "pages have one size"
+            )
+        if stream.block_rows != SERVED_ROWS:
+            found.append(f"block_rows {stream.block_rows} (valid: {SERVED_ROWS})")
+        if stream.norm_correction:
+            found.append("norm_correction")
+    if recipe.key_position != "pre-rope":
+        found.append(f"key_position {recipe.key_position} (valid: pre-rope)")
+    if recipe.boundary_mode != "bf16":
+        found.append(f"boundary_mode {recipe.boundary_mode} (valid: bf16)")
+    if recipe.sink_tokens:
+        found.append("a page has no room for uncompressed first tokens")
+    return list(dict.fromkeys(found))
+
+
+def served(recipe: SeedRecipe) -> SeedRecipe:
+    """A recipe as pages of vLLM's cache can hold it, under its name and SERVED.
+
+    A page is 512 tokens of one KV head, may be shared by sequences, and has one size: so blocks are
+    those of single heads, each with a basis of its own, and lists of outliers have a budget. The
+    rest is the recipe's. RecipeError with the reasons if it has no such form.
+    """
+    reasons = _reasons_not_to_serve(recipe)
+    if reasons:
+        raise RecipeError(
+            f"{recipe.name} cannot be served: {'; '.join(reasons)}. Valid of the seed's are "
+            f"{', '.join(served_names())}; `kakeya eval --caches {recipe.name}` simulates this one"
+        )
+    streams = {}
+    for stream in ("k", "v"):
+        of = getattr(recipe, stream)
+        budget = of.outlier_budget
+        if of.outlier_threshold is not None and budget is None:
+            budget = SERVED_BUDGET
+        streams[stream] = dataclasses.replace(
+            of, grouping="per-head", share_basis=False, outlier_budget=budget
+        )
+    name = recipe.name.removesuffix(SERVED) + SERVED
+    return dataclasses.replace(recipe, name=name, **streams)
 
 
 def find(name: str | None) -> SeedRecipe | None:
@@ -339,10 +398,21 @@ def find(name: str | None) -> SeedRecipe | None:
     for pattern, make in FAMILIES.values():
         if found := pattern.fullmatch(name):
             return make(name, found[1])
+    if name.endswith(SERVED) and (base := find(name.removesuffix(SERVED))):
+        return served(base)
     if not name.endswith(".json") or not Path(name).is_file():
         return None
+    return parse(Path(name).read_text("utf-8"), Path(name).stem, name)
+
+
+def parse(text: str, name: str, source: str) -> SeedRecipe | None:
+    """The recipe of a JSON file's ``text``, under ``name`` unless it has a "name" itself; None if
+    it is none of ours.
+
+    RecipeError, with ``source``, for a base or switches that are not valid.
+    """
     try:
-        switches = json.loads(Path(name).read_text("utf-8"))
+        switches = json.loads(text)
     except ValueError:
         return None  # the plugin says what is wrong with its own recipe files
     if not isinstance(switches, dict) or "base" not in switches:
@@ -351,6 +421,7 @@ def find(name: str | None) -> SeedRecipe | None:
         base = find(switches.pop("base"))
         if base is None:
             raise RecipeError(f"no such base; valid: {', '.join(names())}")
-        return base.changed(Path(name).stem, switches)
+        name = switches.pop("name", name)
+        return base.changed(name, switches)
     except RecipeError as error:
-        raise RecipeError(f"{name}: {error}") from None
+        raise RecipeError(f"{source}: {error}") from None

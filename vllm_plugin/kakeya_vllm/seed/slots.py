@@ -127,6 +127,15 @@ def pack(recipe: StreamRecipe, encoded: Encoded, block: int, metric: str = "mse"
     return slot
 
 
+def packed_bytes(recipe: StreamRecipe, data: bytes, n: int, d: int) -> int:
+    """Bytes of the slot that ``data`` begins with, by its header; ValueError if it is none."""
+    magic, rank, _, _, total, *_ = HEADER.unpack_from(data)
+    if magic != MAGIC or not 1 <= rank <= d:
+        raise ValueError(f"no slot: magic {magic}, rank {rank}")
+    length = 1 << (rank - 1).bit_length()
+    return slot_bytes(recipe, n=n, d=d, rank=rank, length=length, outliers=total)
+
+
 def unpack(recipe: StreamRecipe, slot: bytes, n: int, d: int, basis=None) -> Encoded:
     """One block from its slot; ValueError if the slot is not one of this recipe.
 
