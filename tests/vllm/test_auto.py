@@ -24,25 +24,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return engines.add_byte_tokenizer(path)
 
 
-def test_an_engine_calibrates_once(
-    served: Path, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    """In a child, before workers are spawned; the next engine takes what is there."""
+def test_engines_calibrate_once(served: Path, tmp_path: Path) -> None:
+    """In a child, before workers are spawned (two of them, where no GPU has to be shared); the next
+    engine takes what is there."""
     env = {
         "KAKEYA_CACHE": str(tmp_path),
         "KAKEYA_CALIBRATION": "auto",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    first = run_elsewhere(served, PROMPTS, 4, env=env, pages_of_layer=0)
+    ranks = 1 if engines.on_gpu() else 2
+    run_elsewhere(served, PROMPTS, 4, env=env, tensor_parallel_size=ranks)
     (artefact,) = (tmp_path / "calibration").glob("*.safetensors")
-    written = artefact.stat().st_mtime_ns
     assert len(list(artefact.parent.iterdir())) == 2  # it and the lock
+    written = artefact.stat().st_mtime_ns
     again = run_elsewhere(served, PROMPTS, 4, env=env, pages_of_layer=0)
     assert artefact.stat().st_mtime_ns == written
-    assert again["pages"] == first["pages"]
-    named = env | {"KAKEYA_CALIBRATION": str(artefact)}
-    assert run_elsewhere(served, PROMPTS, 4, env=named, pages_of_layer=0)["pages"] == first["pages"]
+    assert again["pages"][0]
 
 
 def test_a_calibration_that_fails_stops_the_start(served: Path, tmp_path: Path) -> None:
