@@ -68,7 +68,7 @@ static double relative_rms(const float *original, const float *opened, size_t he
 }
 
 int main(void) {
-  static const char recipe[] = "kakeya-free-4.6x";
+  static const char recipe[] = "kakeya-free-4.6x-trellis";
   static float k[BLOCK], v[BLOCK];
   static float k_opened[KAKEYA_BLOCK_TOKENS * HEAD_DIM], v_opened[KAKEYA_BLOCK_TOKENS * HEAD_DIM];
   kakeya_codec *codec = NULL;
