@@ -271,8 +271,12 @@ def alone(**job: Any) -> list[Entry]:
 class Load:
     """An engine under load."""
 
-    def __init__(self, llm: Any, entries: list[Entry], seed: int, cache: str) -> None:
+    def __init__(
+        self, llm: Any, entries: list[Entry], seed: int, cache: str, spoil: int | None = None
+    ) -> None:
+        """``spoil``: the step from which a row that is in use is made wrong, to see it found."""
         self.llm, self.core, self.entries = llm, llm.llm_engine, entries
+        self.spoil = spoil
         self.rng = random.Random(seed + 1)
         self.compressed = cache == "kakeya"
         self.scheduler = self.core.engine_core.engine_core.scheduler
@@ -355,6 +359,8 @@ class Load:
             request.steps += 1
         if self.compressed and self.steps % POISON_EVERY == 0:
             self._poison()
+        if self.spoil is not None and self.steps >= self.spoil:
+            self._spoil()
         self.steps += 1
         for output in self.core.step():
             request = self.live.get(output.request_id)
@@ -405,9 +411,9 @@ class Load:
     def _about(self, request: Request) -> str:
         entry = self.entries[request.entry]
         return (
-            f"prompt {request.entry} ({entry.kind}, {len(entry.prompt)} tokens), step {self.steps}, "
-            f"{request.cached} tokens hit, prompt in {request.pieces} steps, preempted "
-            f"{request.preempted} times"
+            f"prompt {request.entry} ({entry.kind}, {len(entry.prompt)} tokens), step "
+            f"{self.steps}, {request.cached} tokens hit, prompt in {request.pieces} steps, "
+            f"preempted {request.preempted} times"
         )
 
     def _drain(self) -> None:
@@ -443,6 +449,14 @@ class Load:
             layer.impl.open_pool[slots] = float("nan")
         self.counts["poisoned_blocks"] += len(free)
         self.counts["poisoned_slots"] += len(slots)
+
+    def _spoil(self) -> None:
+        """Change the first rows of an open block that is in use, once there is one."""
+        held = self.worker._kakeya.open_blocks
+        slots = [slot for name in held.request_ids for slot in held.slots_of(name).values()]
+        for layer in self.worker._kakeya.layers.values():
+            layer.impl.open_pool[slots, :, :, :8] *= -1
+        self.spoil = None if slots else self.spoil
 
 
 def resident_bytes() -> int:
@@ -481,7 +495,8 @@ def rms(squares: list[float]) -> float:
 
 
 def recipe_loss(entries: list[Entry], **job: Any) -> float:
-    """By how much the recipe moves log-probabilities: KAKEYA alone against the stock cache alone."""
+    """By how much the recipe moves log-probabilities: root mean square of the differences between
+    ``entries``, KAKEYA alone, and the stock cache alone."""
     stock = alone(cache="stock", entries=[asdict(e) for e in entries], **job)
     squares = []
     for a, b in zip(entries, stock, strict=True):
@@ -522,7 +537,7 @@ def soak(args: argparse.Namespace, model: Path) -> tuple[dict[str, Any], list[st
         enable_prefix_caching=True,
         **options,
     )
-    load = Load(llm, entries, args.seed, args.cache)
+    load = Load(llm, entries, args.seed, args.cache, args.spoil)
     load_started = time.monotonic()
     until = started + seconds
 
@@ -573,6 +588,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="directory of a model (a tiny random one)")
     parser.add_argument("--drafts", type=int, default=DRAFTS, help=f"n-gram drafts ({DRAFTS})")
     parser.add_argument("--cache", choices=["kakeya", "stock"], default="kakeya")
+    parser.add_argument("--spoil", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--alone", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name, value in (engines.ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR"}).items():
