@@ -134,7 +134,9 @@ def test_memory_that_is_refused_is_named(tiny: Path) -> None:
         limit = size + 4 * 2**30
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         options = {"skip_tokenizer_init": True, "dtype": "float32"}
-        engines.Engine(sys.argv[1], max_num_seqs=20_000, **options)
+        engines.Engine(
+            sys.argv[1], max_num_seqs=20_000, max_num_batched_tokens=20_000, **options
+        )
     """
     process = script(code, str(tiny))
     said = process.communicate(timeout=300)[0]
