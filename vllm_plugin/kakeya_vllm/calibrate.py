@@ -508,9 +508,20 @@ def calibrate(
         _print(["no error on held-out text: the text has no passage that took no part"])
     _print(heldout.allocation_lines(codec.describe()))
     print("the artefact serves every recipe and ratio: bits are allocated when it is loaded")
-    write_atomically(target, artefact_bytes(tensors, metadata))
+    write_artefact(target, artefact_bytes(tensors, metadata))
     progress.remove()
     return target
+
+
+def write_artefact(target: Path, data: bytes) -> None:
+    """The bytes of an artefact as ``target``, whole or not at all; SystemExit with the reason."""
+    try:
+        write_atomically(target, data)
+    except OSError as error:
+        raise SystemExit(
+            f"kakeya: the artefact ({len(data)} bytes) cannot be written to {target}: {error}; "
+            "nothing was written. Make room, or name another place (--out, KAKEYA_CACHE)"
+        ) from error
 
 
 def _print(lines: list[str]) -> None:

@@ -117,7 +117,8 @@ def parse_layers(value: Any, num_layers: int, source: str) -> tuple[int, ...]:
     layers: list[int] = []
     for item in items:
         is_number = isinstance(item, int) and not isinstance(item, bool)
-        if isinstance(item, str) and re.fullmatch(r"-?[0-9]+", item):
+        # No more digits than make sense: Python refuses to read numbers of thousands of them.
+        if isinstance(item, str) and re.fullmatch(r"-?[0-9]{1,18}", item):
             item, is_number = int(item), True
         if not is_number:
             raise ConfigError(f"{source}={value!r}: {item!r} is not a layer number; {valid}")
@@ -142,6 +143,23 @@ def cache_dir(env: dict[str, str] | None = None) -> Path:
     return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kakeya"
 
 
+def expanded(value: str, source: str) -> Path:
+    """A path of a setting, ~ and ~user replaced; ConfigError for a user who does not exist."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{source}={value!r}: {error}") from error
+
+
+def is_file(path: Path, source: str) -> bool:
+    """Whether a path of a setting is a file; ConfigError where not even that can be told (a name
+    that is too long, a directory that may not be searched)."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise ConfigError(f"{source}: {str(path)!r} cannot be looked at: {error}") from error
+
+
 def default_calibration_path(fingerprint: str, env: dict[str, str] | None = None) -> Path:
     """Where `kakeya calibrate` puts a model's artefact when it is not told."""
     return cache_dir(env) / "calibration" / f"{fingerprint}.safetensors"
@@ -152,13 +170,20 @@ def read_recipe(value: str, source: str = "KAKEYA_RECIPE") -> str:
 
     The text is not judged here; the library knows what a recipe may say.
     """
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # of a variable with bytes that are no text
+        raise ConfigError(f"{source}={value!r} is not text: {error}") from error
     if value.lstrip().startswith("{"):
         return value
     if "/" not in value and not value.endswith(".json"):
         return value
     try:
-        return Path(value).expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        path = Path(value).expanduser()
+        if path.exists() and not path.is_file():  # reading a device or a pipe may never end
+            raise OSError("it is not a regular file")
+        return path.read_text("utf-8")
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot read the recipe file {value!r}: {error}") from error
 
 
@@ -183,7 +208,7 @@ def _is_of_the_seed(text: str) -> bool:
     """Whether a recipe file changes a recipe of the seed: KAKEYA's own have a "base" as well."""
     try:
         base = json.loads(text).get("base")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return False
     return isinstance(base, str) and seed_recipe.find(base) is not None
 
@@ -330,13 +355,13 @@ def _recipe_and_calibration(
 
     path: Path | None = None
     if values["calibration"] and not auto:
-        path = Path(values["calibration"]).expanduser()
-        if not path.is_file():
+        path = expanded(values["calibration"], sources["calibration"])
+        if not is_file(path, sources["calibration"]):
             raise ConfigError(
                 f"{sources['calibration']}={values['calibration']!r} is not a file; valid: a path, "
                 f"{AUTO}, or nothing"
             )
-    elif auto or (values["calibration"] is None and default_path.is_file()):
+    elif auto or (values["calibration"] is None and is_file(default_path, "KAKEYA_CACHE")):
         # An empty string is a choice of its own: no artefact, wherever one may lie.
         path = default_path
 
@@ -369,7 +394,7 @@ def _recipe_and_calibration(
             warnings += (f"recipe {_short(recipe)} takes no calibration: {what} is not used",)
         path = None
     if path is not None:
-        if auto and not path.is_file():
+        if auto and not is_file(path, "KAKEYA_CACHE"):
             if calibrate is None:
                 raise ConfigError(
                     f"{sources['calibration']}={AUTO}: there is no artefact at {path} yet, and "
@@ -387,7 +412,7 @@ def _short(recipe: str) -> str:
         return recipe
     try:
         return str(json.loads(recipe).get("name", "from a file"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return "from a file"
 
 
@@ -472,7 +497,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             metadata = header.get("__metadata__") or {}
             if not isinstance(metadata, dict):
                 raise ValueError("its metadata is not an object")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
     return metadata
 

@@ -19,6 +19,7 @@ from vllm import envs
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
 from kakeya_vllm import lib
+from kakeya_vllm.allocation import allocating
 
 NULL_BLOCK = 0
 # Query tokens of a sequence that the attention kernel takes; drafts to verify must fit.
@@ -106,20 +107,24 @@ class CudaWorker:
         )
         sizes = self.codec.buffers()
         self.plan_len = sizes.plan_len
-        self.workspace = torch.empty(sizes.workspace_len, dtype=torch.float32, device=device)
+        with allocating(
+            "the workspace of the attention kernel",
+            4 * sizes.workspace_len,
+            "lower max_num_seqs (--max-num-seqs)",
+        ):
+            self.workspace = torch.empty(sizes.workspace_len, dtype=torch.float32, device=device)
         self.counters = torch.zeros(sizes.counters_len, dtype=torch.int32, device=device)
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
         block = lib.BLOCK_TOKENS
         # One more: drafts may reach past the longest sequence.
         self.max_blocks = -(-vllm_config.model_config.max_model_len // block) + 1
-        self.history = torch.empty(
-            2,
-            min(self.max_blocks * block, HISTORY_TOKENS),
-            num_kv_heads,
-            head_size,
-            dtype=dtype,
-            device=device,
-        )
+        rows = min(self.max_blocks * block, HISTORY_TOKENS)
+        with allocating(
+            "the workspace of prefill",
+            2 * rows * num_kv_heads * head_size * dtype.itemsize,
+            f"lower max_model_len (--max-model-len) below {HISTORY_TOKENS}, or leave the GPU more",
+        ):
+            self.history = torch.empty(2, rows, num_kv_heads, head_size, dtype=dtype, device=device)
         self.scratch = num_open
         self.slots = SlotMap(_EARLY_BLOCKS, self.scratch, device, fill=self.scratch)
         # Whether a scheduled step is running. Dummy runs build metadata as well, over block tables

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from kakeya_vllm import cuda, lib, support
+from kakeya_vllm.allocation import allocating
 from kakeya_vllm.backend import KakeyaMetadata
 from kakeya_vllm.open_blocks import pool_size
 
@@ -60,14 +62,14 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
         # under the model's dtype and device. Not cleared: only rows written before are read.
         num_open = pool_size(get_current_vllm_config())
         on_gpu = torch.get_default_device().type == "cuda"
-        self.open_pool = torch.empty(
-            num_open + on_gpu,
-            2,
-            self.num_kv_heads,
-            self.block_tokens,
-            head_size,
-            dtype=torch.get_default_dtype(),
-        )
+        shape = (num_open + on_gpu, 2, self.num_kv_heads, self.block_tokens, head_size)
+        dtype = torch.get_default_dtype()
+        with allocating(
+            f"the {num_open} open blocks of a layer",
+            math.prod(shape) * dtype.itemsize,
+            "every compressed layer has as many; lower max_num_seqs (--max-num-seqs)",
+        ):
+            self.open_pool = torch.empty(shape, dtype=dtype)
         self._cuda: cuda.CudaLayer | None = None
         if on_gpu:
             # The slot behind the pool is the null block's (cuda.py); dummy runs seal it.

@@ -344,7 +344,7 @@ def library_path() -> Path:
     chosen = os.environ.get("KAKEYA_LIBRARY")
     if chosen:
         path = Path(chosen)
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's, False for whatever cannot be looked at
             raise FileNotFoundError(f"KAKEYA_LIBRARY names {chosen!r}, which is not a file")
         return path
     path = Path(__file__).parent / LIBRARY_NAME
@@ -362,9 +362,15 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._dll = ctypes.CDLL(str(path))
-        self._dll.kakeya_abi_version.restype = c_uint32
-        self._dll.kakeya_abi_version.argtypes = []
+        try:
+            self._dll = ctypes.CDLL(str(path))
+            self._dll.kakeya_abi_version.restype = c_uint32
+            self._dll.kakeya_abi_version.argtypes = []
+        except (OSError, AttributeError) as error:
+            raise ImportError(
+                f"{path} cannot be used as {LIBRARY_NAME}: {error}. Build it with `make build`, or "
+                "leave KAKEYA_LIBRARY unset to take the one in the package"
+            ) from error
         found = self._dll.kakeya_abi_version()
         if found != ABI_VERSION:
             raise ImportError(

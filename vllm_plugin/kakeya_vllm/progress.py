@@ -40,11 +40,22 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """``data`` as ``path``: beside it first, then renamed, so no reader ever sees half a file."""
+    """``data`` as ``path``: beside it first, then renamed, so no reader ever sees half a file.
+
+    OSError leaves whatever was at ``path`` as it was. A pipe or a device is written to.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(data)
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            # Some file systems report only here that there was no room, and a rename that reaches
+            # the disk before the data would leave an empty file after a crash.
+            os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -56,6 +67,7 @@ class Progress:
     def __init__(self, target: Path, key: str) -> None:
         self.path = target.with_name(f"{target.name}.partial")
         self.key = key
+        self._announced = False
 
     def load(self, state: dict[str, torch.Tensor]) -> tuple[bool, int, dict] | None:
         """(whether the second pass runs, its passages done, sums), None where there is nothing to
@@ -92,11 +104,21 @@ class Progress:
         return about["second"] == "1", int(about["done"]), found
 
     def save(self, second: bool, done: int, state: dict[str, torch.Tensor]) -> None:
-        """``done`` passages of a pass are in the sums."""
+        """``done`` passages of a pass are in the sums. Where they cannot be kept this says so once:
+        the calibration goes on, and could only not be resumed."""
         from safetensors.torch import save
 
         about = {"format": FORMAT, "key": self.key, "second": str(int(second)), "done": str(done)}
-        write_atomically(self.path, save(state, metadata=about))
+        try:
+            write_atomically(self.path, save(state, metadata=about))
+        except OSError as error:
+            if not self._announced:
+                print(
+                    f"kakeya: progress cannot be kept at {self.path}: {error}. Going on; "
+                    "interrupted, this calibration would begin again",
+                    flush=True,
+                )
+            self._announced = True
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

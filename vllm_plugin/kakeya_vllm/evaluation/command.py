@@ -18,6 +18,7 @@ from kakeya_vllm import __version__, engine
 from kakeya_vllm.evaluation import generation, metrics, protocol, tasks
 from kakeya_vllm.evaluation.metrics import TokenFigures
 from kakeya_vllm.evaluation.protocol import Cache
+from kakeya_vllm.progress import write_atomically
 from kakeya_vllm.seed import recipe as seed_recipe
 from kakeya_vllm.text import consecutive_passages, detokenise, read_text, sha256_of, tokenise
 
@@ -363,7 +364,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_atomically(Path(path), (json.dumps(value, indent=1) + "\n").encode("utf-8"))
 
 
 def answering_caches(args: argparse.Namespace) -> list[tuple[Cache, dict[str, str]]]:
@@ -487,6 +488,6 @@ def evaluate_command(args: argparse.Namespace) -> None:
     if args.html:
         from kakeya_vllm.evaluation.html import render
 
-        Path(args.html).write_text(render(result), encoding="utf-8")
+        write_atomically(Path(args.html), render(result).encode("utf-8"))
     if result["failed"]:
         raise SystemExit(f"kakeya: left out, their engines failed: {'; '.join(result['failed'])}")

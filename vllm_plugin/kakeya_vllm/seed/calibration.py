@@ -24,9 +24,15 @@ from typing import Any
 import torch
 
 from kakeya_vllm import __version__, engine
-from kakeya_vllm.calibrate import Unrotation, artefact_bytes, sample_of_text
-from kakeya_vllm.config import cache_dir, check_metadata, model_fingerprint, read_metadata
-from kakeya_vllm.progress import write_atomically
+from kakeya_vllm.calibrate import Unrotation, artefact_bytes, sample_of_text, write_artefact
+from kakeya_vllm.config import (
+    cache_dir,
+    check_metadata,
+    expanded,
+    is_file,
+    model_fingerprint,
+    read_metadata,
+)
 from kakeya_vllm.rope import find as find_rope
 from kakeya_vllm.seed import recipe as recipes
 from kakeya_vllm.seed import scalar, whitening
@@ -64,6 +70,7 @@ def load(path: str | Path, fingerprint: str, shape: tuple[int, int, int]) -> Art
 
     CalibrationError or config.ConfigError for a file of another format, model or shape.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
@@ -75,7 +82,10 @@ def load(path: str | Path, fingerprint: str, shape: tuple[int, int, int]) -> Art
             "with `kakeya calibrate MODEL --text TEXT --for v1.3-ppl`"
         )
     check_metadata(path, fingerprint, FORMAT)
-    tensors = load_file(str(path))
+    try:
+        tensors = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"{path} is not a whole safetensors file: {error}") from error
     layers, heads, dim = shape
     expected = {"sigma_q": (layers, heads, dim, dim)}
     expected |= {f"{s}_table_{b}": (1 << b,) for s in STREAMS for b in scalar.BITS}
@@ -103,8 +113,8 @@ def find_path(
     CalibrationError if there is no file.
     """
     env = dict(os.environ) if env is None else env
-    path = Path(chosen or env.get(VARIABLE) or default_path(fingerprint, env)).expanduser()
-    if not path.is_file():
+    path = expanded(str(chosen or env.get(VARIABLE) or default_path(fingerprint, env)), VARIABLE)
+    if not is_file(path, VARIABLE):
         raise CalibrationError(
             f"recipe {recipe.name} needs a calibration and there is none at {path}. Make one "
             f"with `kakeya calibrate {model} --text TEXT --for {recipe.name}`, or name one with "
@@ -299,5 +309,5 @@ def write(
         "kakeya_version": __version__,
         **about,
     }
-    write_atomically(target, artefact_bytes(tensors, metadata))
+    write_artefact(target, artefact_bytes(tensors, metadata))
     return target
