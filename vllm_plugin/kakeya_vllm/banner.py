@@ -68,6 +68,7 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
         f"{len(kept)} stock {name}: {_layers(kept)}",
         f"  bytes per token   {per_token}",
         f"  prefill           {settings.prefill}",
+        *(["  verify            on: pages and outputs are checked"] if settings.verify else []),
         f"  open blocks       {slots} slots, {_gib(pool)} for all layers",
         *buffers,
         f"  capacity          {tokens} tokens in {kv_cache_config.num_blocks} blocks of "

@@ -38,12 +38,13 @@ VARIABLES = {
     "KAKEYA_SEED_CALIBRATION": "path of a calibration of the seed's recipes",
     "KAKEYA_BOUNDARY_SKIP_LAYERS": "comma-separated layer numbers that keep the stock cache",
     "KAKEYA_PREFILL": "raw or sealed",
+    "KAKEYA_VERIFY": "1: check pages and outputs while serving, slowly",
     "KAKEYA_CACHE": "directory of calibration artefacts",
     "KAKEYA_LIBRARY": "path of libkakeya.so",
     "KAKEYA_ALLOW_UNTESTED_VLLM": "1: run with a vLLM release that was not tested",
 }
 _TEST_PREFIX = "KAKEYA_TEST_"  # read by the test suite only
-_FIELDS = ("recipe", "calibration", "boundary_skip_layers", "prefill")
+_FIELDS = ("recipe", "calibration", "boundary_skip_layers", "prefill", "verify")
 
 
 class ConfigError(ValueError):
@@ -64,6 +65,7 @@ class Settings:
     boundary_skip_layers: tuple[int, ...]
     prefill: str
     warnings: tuple[str, ...] = ()
+    verify: bool = False
 
     @property
     def seed(self) -> seed_recipe.SeedRecipe | None:
@@ -82,6 +84,7 @@ class Settings:
             "calibration": self.calibration or "",
             "boundary_skip_layers": list(self.boundary_skip_layers),
             "prefill": self.prefill,
+            "verify": self.verify,
         }
 
 
@@ -133,6 +136,16 @@ def parse_layers(value: Any, num_layers: int, source: str) -> tuple[int, ...]:
             raise ConfigError(f"{source}={value!r}: layer {item} is named twice; {valid}")
         layers.append(item)
     return tuple(sorted(layers))
+
+
+def parse_switch(value: Any, source: str) -> bool:
+    """A setting that is on or off: 1 or true, 0 or false (any case), or nothing, which is off."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    words = {"": False, "0": False, "false": False, "1": True, "true": True}
+    if isinstance(value, str) and value.strip().lower() in words:
+        return words[value.strip().lower()]
+    raise ConfigError(f"{source}={value!r}; valid: 1 or 0")
 
 
 def cache_dir(env: dict[str, str] | None = None) -> Path:
@@ -241,6 +254,7 @@ def resolve(
         "calibration": "KAKEYA_CALIBRATION",
         "boundary_skip_layers": "KAKEYA_BOUNDARY_SKIP_LAYERS",
         "prefill": "KAKEYA_PREFILL",
+        "verify": "KAKEYA_VERIFY",
     }
     values: dict[str, Any] = {}
     for field, variable in sources.items():
@@ -259,6 +273,7 @@ def resolve(
         raise ConfigError(
             f"{sources['prefill']}={values['prefill']!r}; valid: {' or '.join(PREFILL_MODES)}"
         )
+    verify = parse_switch(values["verify"], sources["verify"])
     text = read_recipe((values["recipe"] or "").strip(), sources["recipe"])
     seed = served_recipe(text, sources["recipe"])
     if seed is not None:
@@ -277,11 +292,11 @@ def resolve(
         if text != seed.name:
             warnings = (_served_warning(text, seed), *warnings)
         recipe = text if text.lstrip().startswith("{") else seed.name
-        return Settings(recipe, calibration, layers, prefill, warnings)
+        return Settings(recipe, calibration, layers, prefill, warnings, verify)
     recipe, calibration, warnings = _recipe_and_calibration(
         values, sources, model_config, env, calibrate
     )
-    return Settings(recipe, calibration, layers, prefill, warnings)
+    return Settings(recipe, calibration, layers, prefill, warnings, verify)
 
 
 def _served_warning(text: str, seed: seed_recipe.SeedRecipe) -> str:

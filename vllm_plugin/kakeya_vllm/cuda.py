@@ -374,6 +374,18 @@ class CudaLayer:
             if tensor.stride(-1) != 1:
                 raise ValueError(f"{name} must be contiguous in its last dimension")
         self.write(step, key, value, kv_cache)
+        self.read(step, query, key, value, kv_cache, output)
+
+    def read(
+        self,
+        step: KakeyaCudaMetadata,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of all sequences of the step, after :meth:`write`."""
         if step.decodes:
             self.attend(step, query, kv_cache, output)
         for prefill in step.prefills:

@@ -81,6 +81,7 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
     def bind(self, runtime: Any, layer: int, first_head: int) -> None:
         """Take the worker's runtime and fill in what is the same in every step."""
         self.runtime = runtime
+        self._place = layer, first_head
         if runtime.cuda is not None:
             self._cuda = cuda.CudaLayer(runtime.cuda, self.open_pool, layer, first_head, self.scale)
             return
@@ -116,6 +117,8 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
         """
         if attn_metadata is None:  # a profiling run: there is no cache yet
             return output.zero_()
+        if self.runtime.verifier is not None:
+            return self._verified(attn_metadata, query, key, value, kv_cache, output)
         if self._cuda is not None:
             self._cuda.forward(attn_metadata, query, key, value, kv_cache, output)
             return output
@@ -125,6 +128,43 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
         codec = self.runtime.codec
         codec.write(self._write)
         codec.attend(self._attend)
+        return output
+
+    def _verified(
+        self,
+        step: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same with the checks of KAKEYA_VERIFY between and after."""
+        verifier = self.runtime.verifier
+        layer, first_head = self._place
+        if self._cuda is not None:
+            self._cuda.write(step, key, value, kv_cache)
+        else:
+            output[step.num_computed_rows :].zero_()
+            self._fill(step, query, key, value, kv_cache, output)
+            self.runtime.codec.write(self._write)
+        verifier.written(layer, first_head, step, key, value, kv_cache, self.open_pool)
+        if self._cuda is not None:
+            self._cuda.read(step, query, key, value, kv_cache, output)
+        else:
+            self.runtime.codec.attend(self._attend)
+        verifier.attended(
+            layer,
+            first_head,
+            step,
+            self.scale,
+            query,
+            key,
+            value,
+            kv_cache,
+            self.open_pool,
+            output,
+        )
         return output
 
     def _fill(

@@ -108,7 +108,7 @@ def _prepare(vllm_config: Any) -> None:
         vllm_config.model_config,
         calibrate=functools.partial(auto.calibrate_once, vllm_config),
     )
-    support.check_settings(settings)
+    support.check_settings(settings, vllm_config)
     if settings.seed is not None:
         # As --block-size would: the CPU platform then leaves it alone, and vLLM does not take the
         # backend that it remembers from an engine with pages of 128 tokens.

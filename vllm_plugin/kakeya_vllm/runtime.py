@@ -15,6 +15,7 @@ from kakeya_vllm import banner, config, lib, rope, support
 from kakeya_vllm.config import ConfigError, Settings
 from kakeya_vllm.cuda import CudaWorker
 from kakeya_vllm.open_blocks import OpenBlocks, lookback_tokens, pool_size
+from kakeya_vllm.verify import Verifier
 
 
 class Runtime:
@@ -30,6 +31,7 @@ class Runtime:
         self.codec = codec
         self.open_blocks: OpenBlocks | None = None
         self.cuda: CudaWorker | None = None
+        self.verifier: Verifier | None = None
 
     @classmethod
     def for_worker(cls, worker: Any, settings: Settings) -> Runtime:
@@ -50,6 +52,8 @@ class Runtime:
         runtime = cls(vllm_config, settings, layers, codec)
         if layers and worker.device.type == "cuda":
             runtime._make_cuda(worker.device)
+        if layers and settings.verify:
+            runtime._make_verifier()
         first_head = _first_kv_head(vllm_config)
         for name, layer in layers.items():
             layer.impl.bind(runtime, support.layer_index(name), first_head)
@@ -61,6 +65,8 @@ class Runtime:
             self._make_open_blocks(kv_cache_config)
         if self.cuda is not None:
             self.cuda.bind(kv_cache_config.num_blocks)
+        if self.verifier is not None:
+            self.verifier.open_blocks = self.open_blocks
         banner.log(self, kv_cache_config)
 
     def before_step(self, scheduler_output: Any) -> None:
@@ -69,11 +75,24 @@ class Runtime:
             self.open_blocks.update(scheduler_output)
         if self.cuda is not None:
             self.cuda.before_step(self.open_blocks)
+        if self.verifier is not None:
+            self.verifier.live = True
 
     def after_step(self) -> None:
         """The model has run (on a GPU: is queued)."""
         if self.cuda is not None:
             self.cuda.live = False
+        if self.verifier is not None:
+            self.verifier.live = False
+
+    def _make_verifier(self) -> None:
+        self.verifier = Verifier(
+            self.codec,
+            head_dim=next(iter(self.layers.values())).head_size,
+            sealed_prefill=self.settings.prefill == "sealed",
+            max_query=None if self.cuda is None else self.cuda.max_query,
+            seed=self.vllm_config.model_config.seed or 0,
+        )
 
     def _make_cuda(self, device: Any) -> None:
         layer = next(iter(self.layers.values()))

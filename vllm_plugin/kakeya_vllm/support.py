@@ -113,10 +113,19 @@ def _cuda_features(
     return found
 
 
-def check_settings(settings: Any) -> None:
-    """Raise UnsupportedFeature for settings that this machine does not serve."""
+def check_settings(settings: Any, vllm_config: Any) -> None:
+    """Raise UnsupportedFeature for settings that this machine or configuration does not serve."""
     from vllm.platforms import current_platform
 
+    if settings.verify and settings.seed is not None:
+        raise UnsupportedFeature([f"KAKEYA_VERIFY=1 with recipe {settings.seed.name}"])
+    if settings.verify and not current_platform.is_cpu():
+        mode = vllm_config.compilation_config.cudagraph_mode
+        if getattr(mode, "name", "NONE") != "NONE":
+            # The checks wait for the device, which a captured graph cannot.
+            raise UnsupportedFeature(
+                [f"KAKEYA_VERIFY=1 with CUDA graphs ({mode.name}); add --enforce-eager"]
+            )
     if settings.prefill == "sealed" and not current_platform.is_cpu():
         raise UnsupportedFeature(["KAKEYA_PREFILL=sealed on a GPU (valid: raw)"])
 
