@@ -40,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -567,6 +568,10 @@ def soak(args: argparse.Namespace, model: Path) -> tuple[dict[str, Any], list[st
         load.run(ended)
     except Failure as failure:
         problems.append(str(failure))
+    except Exception as error:  # the engine's own: which requests it ran is part of the report
+        traceback.print_exc()
+        running = [f"{name}: {load._about(request)}" for name, request in load.live.items()]
+        problems.append("\n  ".join([f"the engine failed: {error!r}; it ran", *running]))
     figures |= {"requests": load.number, "steps": load.steps, "tokens_compared": load.compared}
     figures |= {"seconds_of_load": round(time.monotonic() - load_started)}
     figures |= load.counts | metrics(llm)

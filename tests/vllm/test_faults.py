@@ -395,11 +395,11 @@ OPEN_DEVICE = """
         print(f"REFUSED {error}")
 """
 
-# A driver that only says why it does not start. 803: older than the kernel's part of it; 35: older
-# than the CUDA it was asked for; 100: no device.
+# A driver that only says whether it starts. 0: it does, and lacks the functions of newer ones; 803:
+# it is older than the kernel's part of it; 100: there is no device.
 DRIVER = """
 int cuInit(unsigned flags) { return %d; }
-int cuDriverGetVersion(int *version) { *version = 11040; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
 int cuGetErrorString(int error, const char **text) { *text = "refused"; return 0; }
 int cuGetErrorName(int error, const char **text) { *text = "REFUSED"; return 0; }
 """
@@ -408,13 +408,14 @@ int cuGetErrorName(int error, const char **text) { *text = "REFUSED"; return 0; 
 @pytest.mark.parametrize(
     ("status", "words"),
     [
+        (0, "the CUDA driver is too old: it has no cu"),
         (803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"),
         (100, "CUDA_ERROR_NO_DEVICE"),
         (None, "no CUDA driver: libcuda.so was not found"),
     ],
 )
 @pytest.mark.cpu_only
-def test_a_driver_that_does_not_start_is_named(
+def test_a_driver_that_cannot_be_used_is_named(
     tmp_path: Path, status: int | None, words: str
 ) -> None:
     env = {}
