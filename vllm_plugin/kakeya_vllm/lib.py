@@ -536,7 +536,19 @@ class CudaCodec:
             batch_invariant,
         )
         self._handle = c_void_p()
-        self.library.call("kakeya_cuda_new", codec._handle, byref(limits), byref(self._handle))
+        try:
+            self.library.call("kakeya_cuda_new", codec._handle, byref(limits), byref(self._handle))
+        except KakeyaError as error:
+            # The driver is looked up by name, function by function.
+            _, missing, name = error.text.partition("Missing symbol ")
+            if not missing:
+                raise
+            raise KakeyaError(
+                error.status,
+                "KAKEYA_ERR_CUDA",
+                f"the CUDA driver is too old: it has no {name.split(':')[0]}. Install the one that "
+                "torch's CUDA version asks for",
+            ) from error
         # Bound once: all but open are called for every layer of every step.
         dll = self.library._dll
         self._plan, self._open = dll.kakeya_cuda_plan, dll.kakeya_cuda_open
