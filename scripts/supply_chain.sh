@@ -94,11 +94,9 @@ PY
 # Actions of a workflow are pinned by commit hash.
 part_actions() { "$PY" -m pytest -q tests/python/test_supply_chain.py -k actions; }
 
-for name in "${@:-list deny audit pip actions}"; do
-    for part in $name; do
-        declare -F "part_$part" >/dev/null || die "$part: valid are list, deny, audit, pip and actions"
-        say "supply chain: $part"
-        "part_$part"
-    done
+for part in ${@:-list deny audit pip actions}; do
+    declare -F "part_$part" >/dev/null || die "$part: valid are list, deny, audit, pip and actions"
+    say "supply chain: $part"
+    "part_$part"
 done
 if ((${#left_out[@]})); then printf '\nleft out:\n'; printf '  %s\n' "${left_out[@]}"; fi
