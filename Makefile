@@ -1,7 +1,7 @@
 # The two commands are `make demo` and `make test`; README.md says what they do and take. Each script sets up what is missing.
 # PYTHON chooses the interpreter of .venv (3.11, 3.12 or 3.13).
 
-.PHONY: help setup build kernels demo test test-gpu bench-gpu soak lint format clean
+.PHONY: help setup build kernels demo test test-gpu bench-gpu soak fuzz lint format clean
 
 help:
 	@echo 'make setup   .venv with vLLM and the plugin, libkakeya, a small model'

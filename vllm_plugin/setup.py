@@ -3,11 +3,15 @@
 The library is the C ABI of the Rust workspace beside this directory and is reached through
 ctypes, so one wheel serves every Python 3 of a platform and its user needs no compiler.
 KAKEYA_LIBRARY names a library that is built already; otherwise cargo builds it.
+
+The wheel's dist-info says what is in the library: an SBOM (PEP 770) and the licences of its
+crates, from Cargo.lock (scripts/sbom.py).
 """
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -53,8 +57,28 @@ class BuildWithLibrary(build_py):
         shutil.copyfile(native_library(), target)
 
 
+def bill_of_materials(command: str) -> bytes:
+    """What scripts/sbom.py prints for a command, `sbom` or `texts`."""
+    script = WORKSPACE / "scripts" / "sbom.py"
+    if not script.is_file() or not shutil.which(os.environ.get("CARGO", "cargo")):
+        raise SystemExit(
+            f"a wheel lists the crates of its {LIBRARY}: that takes cargo and a checkout ({script})"
+        )
+    return subprocess.run([sys.executable, script, command], check=True, capture_output=True).stdout
+
+
 class PlatformWheel(bdist_wheel):
     """Any Python 3, no Python ABI, this platform."""
+
+    def egg2dist(self, egginfo_path, distinfo_path):
+        super().egg2dist(egginfo_path, distinfo_path)
+        # setuptools has no setting for SBOMs, nor for licence files outside of this directory.
+        sboms, licenses = Path(distinfo_path) / "sboms", Path(distinfo_path) / "licenses"
+        for folder in (sboms, licenses):
+            folder.mkdir(exist_ok=True)
+        (sboms / "kakeya-vllm.cdx.json").write_bytes(bill_of_materials("sbom"))
+        (licenses / "THIRD_PARTY.txt").write_bytes(bill_of_materials("texts"))
+        shutil.copyfile(WORKSPACE / "LICENSE", licenses / "LICENSE")
 
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]

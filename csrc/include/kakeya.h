@@ -70,11 +70,18 @@
  * Heads and layers are counted in the whole model, from 0. A tensor-parallel rank passes the number
  *   of its first KV head as first_head.
  *
- * Threads. Every function may be called from any thread at any time, with the same codec too, as
- *   long as no two calls write the same memory. kakeya_last_error() is per thread. kakeya_write and
- *   kakeya_attend share their work among a pool of threads of the process, one for each processor
- *   unless RAYON_NUM_THREADS says otherwise; it starts with the first such call. A child of fork()
- *   has no such threads: it must not call these two if its parent did before the fork.
+ * Threads. Every function may be called from any thread at any time, as long as no two calls write the
+ *   same memory. By what they are called with:
+ *     kakeya_codec        never changes after it was made: shared without locks. Only kakeya_codec_free
+ *                         must come after every other call with it has returned, on whatever thread.
+ *     kakeya_cuda         likewise. Launches that may run at the same time on the device need a plan,
+ *                         a workspace and counters each; launches on one stream may share them.
+ *     argument structs    copied at the start of a call; not kept.
+ *     kakeya_last_error() per thread: a thread reads why its own last failed call failed.
+ *     functions without a handle: no state that a caller could see.
+ *   kakeya_write and kakeya_attend share their work among a pool of threads of the process, one for
+ *   each processor unless RAYON_NUM_THREADS says otherwise; it starts with the first such call. A
+ *   child of fork() has no such threads: it must not call these two if its parent did before the fork.
  *
  * Stability. Numbers of statuses and enumerators are frozen. A change in the meaning of a function
  *   or a struct raises KAKEYA_ABI_VERSION; additions do not.
@@ -137,10 +144,16 @@ enum {
   KAKEYA_ERR_BAD_DTYPE = 18,
   // The library was built without CUDA kernels, or without ones for this GPU or shape.
   KAKEYA_ERR_NO_KERNELS = 19,
-  // There is no CUDA driver, or not this device.
+  // There is no CUDA driver, or it does not start.
   KAKEYA_ERR_NO_CUDA = 20,
   // The CUDA driver refused a call; the text says which and why.
   KAKEYA_ERR_CUDA = 21,
+  // The caller, a page or a calibration artefact is of another version than this library.
+  KAKEYA_ERR_WRONG_VERSION = 22,
+  // A device that is not there, or memory that is not the device's.
+  KAKEYA_ERR_WRONG_DEVICE = 23,
+  // Pages of another recipe, model or artefact than the codec's: their fingerprints differ.
+  KAKEYA_ERR_WRONG_RECIPE = 24,
   // A bug in this library. The process goes on; please report the text of kakeya_last_error().
   // The one status after which outputs may have been written in part.
   KAKEYA_ERR_PANIC = 99,
@@ -170,6 +183,12 @@ const char *kakeya_last_error(void);
 // The ABI version of the library that was loaded. Compare it with KAKEYA_ABI_VERSION of the header
 // that you compiled against, and refuse the library if they differ.
 uint32_t kakeya_abi_version(void);
+
+// OK if this library serves a caller that was compiled against the header of this version: pass
+// KAKEYA_ABI_VERSION. The first call of a program that loads the library at run time.
+//
+// Errors: WRONG_VERSION.
+kakeya_status kakeya_require_abi(uint32_t version);
 
 // The version of the library, such as "0.1.0". Static text.
 const char *kakeya_version(void);
@@ -211,8 +230,11 @@ kakeya_status kakeya_recipe_list(char *buf, size_t cap, size_t *needed);
 /* ---------------------------------------------------------------------------------------------- */
 /* 4. Codec: a recipe made ready for a model */
 
-// A recipe made ready for one model: static tables, widths and layouts of all layers. Immutable:
-// any number of threads may use one codec at once.
+// A recipe made ready for one model: static tables, widths and layouts of all layers.
+//
+// Threads: immutable once made; any number of threads may use one codec at once, without locks, and
+// a thread may release what another made. The one rule: kakeya_codec_free comes after every call
+// that uses the codec has returned (as seen by the thread that frees: join it, or hand the codec over).
 typedef struct kakeya_codec kakeya_codec;
 
 // Makes a codec.
@@ -228,7 +250,7 @@ typedef struct kakeya_codec kakeya_codec;
 //   out          takes the new codec; give it to kakeya_codec_free when no call uses it any more.
 //
 // Errors: BAD_RECIPE, BAD_MODEL, BAD_CALIBRATION, CALIBRATION_REQUIRED, CALIBRATION_MISMATCH,
-// UNSUPPORTED.
+// WRONG_VERSION (of the artefact), UNSUPPORTED.
 kakeya_status kakeya_codec_new(const char *recipe,
                                size_t recipe_len,
                                const char *model_json,
@@ -237,11 +259,13 @@ kakeya_status kakeya_codec_new(const char *recipe,
                                size_t calibration_len,
                                kakeya_codec **out);
 
-// Releases a codec. NULL is fine. No other call may use the codec during this one or after it.
+// Releases a codec, on any thread. NULL is fine. No other call may use the codec during this one or
+// after it.
 void kakeya_codec_free(kakeya_codec *codec);
 
 // The codec as JSON: "name", "page_bytes", "ratio", "quantizer", "fingerprint" (hex digest of the
-// static tables: two codecs with the same fingerprint read each other's pages) and per layer its
+// static tables: two codecs with the same fingerprint read each other's pages; keep it with pages
+// that you store, and ask kakeya_codec_require_fingerprint before you read them) and per layer its
 // slots, code bits and widths.
 //
 // Errors: BUFFER_TOO_SMALL.
@@ -249,6 +273,15 @@ kakeya_status kakeya_codec_describe(const kakeya_codec *codec,
                                     char *buf,
                                     size_t cap,
                                     size_t *needed);
+
+// OK if pages that were written by a codec with this fingerprint mean the same to this one. A page
+// does not carry the fingerprint itself: whoever keeps pages beyond the life of a codec, or takes
+// them from another process, carries it with them.
+//
+// Errors: WRONG_RECIPE (another recipe, model or artefact).
+kakeya_status kakeya_codec_require_fingerprint(const kakeya_codec *codec,
+                                               const char *fingerprint,
+                                               size_t fingerprint_len);
 
 // Bytes of a page of a layer. The same number for every layer of this version.
 //
@@ -361,7 +394,7 @@ kakeya_status kakeya_seal(const kakeya_codec *codec, const kakeya_seal_args *arg
 //   out_len      floats that each of k and v holds, at least 128 * head_dim
 //
 // The position of the block is in the page. Errors: OUT_OF_RANGE (layer, head), BUFFER_TOO_SMALL
-// (page_len, out_len), ALIASED, BAD_PAGE.
+// (page_len, out_len), ALIASED, BAD_PAGE, WRONG_VERSION (of the page).
 kakeya_status kakeya_open(const kakeya_codec *codec,
                           uint32_t layer,
                           uint32_t head,
@@ -533,14 +566,18 @@ typedef struct {
 //
 // Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, flags, scale, query_start,
 // seq_lens, block_table, strides), NO_OPEN_SLOT, ALIASED, BAD_PAGE (also: a page of another
-// position).
+// position), WRONG_VERSION (of a page).
 kakeya_status kakeya_attend(const kakeya_codec *codec, const kakeya_attend_args *args);
 
 /* ---------------------------------------------------------------------------------------------- */
 /* 9. CUDA: a step on a GPU */
 
-// A codec made ready for one CUDA device: kernels loaded, static tables in the device's memory.
-// Immutable: any number of threads may use it at once. It does not need its codec any more.
+// A codec made ready for one CUDA device: kernels loaded, static tables in the device's memory. It
+// does not need its codec any more.
+//
+// Threads: as a codec's. Immutable once made; any number of threads may launch with it at once, each on
+// a stream of its own or in turn on one. Launches that may run at the same time need a plan, a
+// workspace and counters each.
 typedef struct kakeya_cuda kakeya_cuda;
 
 // What steps on the device hold at most; sizes of buffers follow from it (kakeya_cuda_sizes).
@@ -765,8 +802,8 @@ const char *kakeya_cuda_archs(void);
 // function here that allocates (a few MiB of the device's memory) and waits; give the result to
 // kakeya_cuda_free. The codec may be released before.
 //
-// Errors: BAD_STRUCT_SIZE, OUT_OF_RANGE (limits), NO_KERNELS, NO_CUDA, CUDA, UNSUPPORTED (head_dim;
-// too little shared memory).
+// Errors: BAD_STRUCT_SIZE, OUT_OF_RANGE (limits), NO_KERNELS, NO_CUDA, WRONG_DEVICE (there is none of
+// this number), CUDA, UNSUPPORTED (head_dim; too little shared memory).
 kakeya_status kakeya_cuda_new(const kakeya_codec *codec,
                               const kakeya_cuda_limits *limits,
                               kakeya_cuda **out);
@@ -785,15 +822,16 @@ kakeya_status kakeya_cuda_sizes(const kakeya_cuda *cuda, kakeya_cuda_buffers *ou
 // below: nothing is allocated or waited for, so the launch may be captured in a CUDA graph.
 //
 // What arrays in the device's memory hold is not checked: block ids, slots and lengths must be what
-// the comments say.
+// the comments say. That they begin in memory of the device is (WRONG_DEVICE), here and below.
 //
-// Errors: BAD_STRUCT_SIZE, OUT_OF_RANGE (num_seqs, strides), ALIASED, CUDA.
+// Errors: BAD_STRUCT_SIZE, OUT_OF_RANGE (num_seqs, strides), ALIASED, WRONG_DEVICE, CUDA.
 kakeya_status kakeya_cuda_plan(const kakeya_cuda *cuda,
                                const kakeya_cuda_plan_args *args);
 
 // Copies the K and V of a step into open blocks: every token whose block has a slot.
 //
-// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, counts, strides), ALIASED, CUDA.
+// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, counts, strides), ALIASED,
+// WRONG_DEVICE, CUDA.
 kakeya_status kakeya_cuda_append(const kakeya_cuda *cuda, const kakeya_cuda_write_args *args);
 
 // Seals the blocks that the step fills, after kakeya_cuda_append of the same step and layer: from k
@@ -807,13 +845,14 @@ kakeya_status kakeya_cuda_seal(const kakeya_cuda *cuda, const kakeya_cuda_write_
 // those that this step filled, its own block raw.
 //
 // Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, counts, scale, strides), ALIASED,
-// CUDA.
+// WRONG_DEVICE, CUDA.
 kakeya_status kakeya_cuda_attend(const kakeya_cuda *cuda,
                                  const kakeya_cuda_attend_args *args);
 
 // Opens pages into dense rows, for prefill that continues a sequence, and for debugging.
 //
-// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, count, strides), ALIASED, CUDA.
+// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, count, strides), ALIASED,
+// WRONG_DEVICE, CUDA.
 kakeya_status kakeya_cuda_open(const kakeya_cuda *cuda, const kakeya_cuda_open_args *args);
 
 #ifdef __cplusplus

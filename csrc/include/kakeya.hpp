@@ -83,9 +83,9 @@ inline std::string_view simd() noexcept {
 inline void require_abi() {
   const std::uint32_t found = kakeya_abi_version();
   if (found != KAKEYA_ABI_VERSION) {
-    throw Error(KAKEYA_ERR_UNSUPPORTED, "libkakeya has ABI " + std::to_string(found) +
-                                            ", this program was compiled for ABI " +
-                                            std::to_string(KAKEYA_ABI_VERSION));
+    throw Error(KAKEYA_ERR_WRONG_VERSION, "libkakeya has ABI " + std::to_string(found) +
+                                              ", this program was compiled for ABI " +
+                                              std::to_string(KAKEYA_ABI_VERSION));
   }
 }
 

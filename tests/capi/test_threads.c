@@ -1,21 +1,36 @@
 /*
- * One codec, several threads: each writes and attends in its own memory and gets what it gets alone, and each
- * reads its own last error.
+ * Many threads at once, by what the header says of each handle: one codec shared by all, codecs of their own that
+ * are made and released meanwhile, codecs that one thread makes and another releases, and a last error for each.
  */
 
 #include <pthread.h>
+#include <stdlib.h>
 
 #include "check.h"
 #include "sequence.h"
 
-enum { THREADS = 4, TOKENS = 2 * BLOCK + 9, ROUNDS = 5 };
+enum { THREADS = 16, TOKENS = 2 * BLOCK + 9 };
 
 typedef struct {
-  const kakeya_codec *codec;
-  const world *alone; /* what a single thread got */
-  int number;
+  const kakeya_codec *shared;
+  const world *alone;   /* what a single thread got */
+  kakeya_codec *handed; /* made by another thread, released by this one */
+  int number, rounds;
   int failed;
+  char refused[64]; /* what this thread's last refusal must say */
 } job;
+
+/* All threads begin at once. (pthread_barrier_t is no part of strict C99's headers.) */
+static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t opened = PTHREAD_COND_INITIALIZER;
+static int waiting;
+
+static void meet(void) {
+  pthread_mutex_lock(&gate);
+  if (++waiting == THREADS) pthread_cond_broadcast(&opened);
+  while (waiting < THREADS) pthread_cond_wait(&opened, &gate);
+  pthread_mutex_unlock(&gate);
+}
 
 static int same(const world *a, const world *b) {
   const size_t rows = (size_t)TOKENS * Q_HEADS;
@@ -29,32 +44,58 @@ static int run(world *w) {
          sequence_write(w, 200, TOKENS) == KAKEYA_OK && sequence_attend(w, 200, TOKENS, 0) == KAKEYA_OK;
 }
 
+/* Writes and attends in memory of its own; the result is the one of a single thread. */
+static int works(const kakeya_codec *codec, const world *alone) {
+  world *w = world_new(codec, KAKEYA_DTYPE_BF16, TOKENS, 0, 3, 2);
+  const int good = run(w) && same(w, alone);
+  world_free(w);
+  return good;
+}
+
+/* A refusal of its own: a layer that only this thread asks for. */
+static void refuse(job *self, int round) {
+  const int layer = 100 + self->number * 1000 + round;
+  size_t bytes = 7;
+  snprintf(self->refused, sizeof self->refused, "layer is %d;", layer);
+  if (kakeya_codec_page_bytes(self->shared, (uint32_t)layer, &bytes) != KAKEYA_ERR_OUT_OF_RANGE || bytes != 7) {
+    ++self->failed;
+  }
+}
+
+static int still_refused(const job *self) {
+  return strstr(kakeya_last_error(), self->refused) != NULL;
+}
+
 static void *work(void *argument) {
   job *self = argument;
-  char want[64];
-  for (int round = 0; round < ROUNDS; ++round) {
-    world *w = world_new(self->codec, KAKEYA_DTYPE_BF16, TOKENS, 0, 3, 2);
-    if (!run(w) || !same(w, self->alone)) ++self->failed;
-    world_free(w);
-    /* A refusal of its own, and its own text after the others had theirs. */
-    size_t bytes = 0;
-    snprintf(want, sizeof want, "layer is %d;", 100 + self->number);
-    if (kakeya_codec_page_bytes(self->codec, (uint32_t)(100 + self->number), &bytes) != KAKEYA_ERR_OUT_OF_RANGE ||
-        strstr(kakeya_last_error(), want) == NULL) {
-      ++self->failed;
-    }
+  meet();
+  if (strcmp(kakeya_last_error(), "") != 0) ++self->failed; /* a new thread has none */
+  for (int round = 0; round < self->rounds; ++round) {
+    refuse(self, round);
+    if (!works(self->shared, self->alone)) ++self->failed;
+    if (!still_refused(self)) ++self->failed; /* others have failed meanwhile; successes leave the text */
+    kakeya_codec *own = NULL;
+    const char *recipe = "kakeya-free-4.6x", *model = model_json();
+    if (kakeya_codec_new(recipe, strlen(recipe), model, strlen(model), NULL, 0, &own) != KAKEYA_OK) ++self->failed;
+    if (own == NULL || page_bytes_of(own) != page_bytes_of(self->shared)) ++self->failed;
+    kakeya_codec_free(own);
+    if (!still_refused(self)) ++self->failed;
   }
+  if (!works(self->handed, self->alone)) ++self->failed;
+  kakeya_codec_free(self->handed);
   return NULL;
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+  const int rounds = argc > 1 ? atoi(argv[1]) : 5; /* tools that slow programs down ask for fewer */
   kakeya_codec *codec = codec_of("kakeya-free-4.6x");
   world *alone = world_new(codec, KAKEYA_DTYPE_BF16, TOKENS, 0, 3, 2);
   CHECK(run(alone), "%s", kakeya_last_error());
   pthread_t threads[THREADS];
   job jobs[THREADS];
   for (int i = 0; i < THREADS; ++i) {
-    jobs[i] = (job){.codec = codec, .alone = alone, .number = i};
+    jobs[i] =
+        (job){.shared = codec, .alone = alone, .handed = codec_of("kakeya-free-4.6x"), .number = i, .rounds = rounds};
     CHECK(pthread_create(&threads[i], NULL, work, &jobs[i]) == 0, "thread %d", i);
   }
   for (int i = 0; i < THREADS; ++i) {

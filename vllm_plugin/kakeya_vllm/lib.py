@@ -314,6 +314,7 @@ _STATUS_FUNCTIONS: dict[str, list[Any]] = {
         POINTER(c_void_p),
     ],
     "kakeya_codec_describe": [c_void_p, c_void_p, c_size_t, POINTER(c_size_t)],
+    "kakeya_codec_require_fingerprint": [c_void_p, c_char_p, c_size_t],
     "kakeya_codec_page_bytes": [c_void_p, c_uint32, POINTER(c_size_t)],
     "kakeya_codec_page_layout": [c_void_p, c_uint32, POINTER(PageLayout)],
     "kakeya_seal": [c_void_p, POINTER(SealArgs)],
@@ -364,13 +365,18 @@ class Library:
         self.path = path
         try:
             self._dll = ctypes.CDLL(str(path))
-            self._dll.kakeya_abi_version.restype = c_uint32
-            self._dll.kakeya_abi_version.argtypes = []
-        except (OSError, AttributeError) as error:
+        except OSError as error:
             raise ImportError(
                 f"{path} cannot be used as {LIBRARY_NAME}: {error}. Build it with `make build`, or "
                 "leave KAKEYA_LIBRARY unset to take the one in the package"
             ) from error
+        if not hasattr(self._dll, "kakeya_abi_version"):
+            raise ImportError(
+                f"{path} is no libkakeya: it has no kakeya_abi_version. Leave KAKEYA_LIBRARY unset "
+                "to take the one in the package"
+            )
+        self._dll.kakeya_abi_version.restype = c_uint32
+        self._dll.kakeya_abi_version.argtypes = []
         found = self._dll.kakeya_abi_version()
         if found != ABI_VERSION:
             raise ImportError(
@@ -480,6 +486,12 @@ class Codec:
     def describe(self) -> dict[str, Any]:
         """Name, page_bytes, ratio, quantizer, fingerprint of the static tables, and per layer."""
         return json.loads(self.library._text("kakeya_codec_describe", self._handle))
+
+    def require_fingerprint(self, fingerprint: str) -> None:
+        """Refuse pages that a codec with another fingerprint wrote (another recipe, model or
+        artefact), with KAKEYA_ERR_WRONG_RECIPE."""
+        text = fingerprint.encode("utf-8")
+        self.library.call("kakeya_codec_require_fingerprint", self._handle, text, len(text))
 
     def page_bytes(self, layer: int) -> int:
         out = c_size_t()

@@ -16,6 +16,8 @@ use safetensors::{Dtype, SafeTensors};
 
 /// Value of the metadata key `format`.
 pub const FORMAT: &str = "kakeya-calibration-1";
+/// What `format` of every version begins with; a number follows.
+const FORMATS: &str = "kakeya-calibration-";
 /// Score ranks of `sink_mass`.
 pub const RANKS: usize = 8;
 /// More than any model's artefact (126 layers x 8 heads x 128 channels take 4 MB); bounds what a hostile file costs.
@@ -56,6 +58,13 @@ impl Calibration {
             SafeTensors::read_metadata(bytes).map_err(|e| bad(format!("not a safetensors file: {e}")))?;
         let format =
             header.metadata().as_ref().and_then(|m| m.get("format")).map_or("(none)", |s| s.as_str());
+        if format != FORMAT && format.starts_with(FORMATS) {
+            return Err(Error::WrongVersion {
+                what: "calibration file: metadata 'format'",
+                found: format.to_string(),
+                expected: FORMAT.to_string(),
+            });
+        }
         if format != FORMAT {
             return Err(bad(format!("metadata 'format' is '{format}', expected '{FORMAT}'")));
         }

@@ -35,6 +35,8 @@ pub enum Error {
     },
     #[error("page: {0}")]
     BadPage(String),
+    #[error("{what} is '{found}', expected '{expected}'")]
+    WrongVersion { what: &'static str, found: String, expected: String },
     #[error("{what} is {value}; valid: {valid}")]
     OutOfRange { what: &'static str, value: i64, valid: String },
     #[error("block {block} holds a partial sequence but has no open block (open_slot[{block}] = {slot})")]
@@ -56,6 +58,7 @@ pub enum ErrorKind {
     Unsupported,
     NonFinite,
     BadPage,
+    WrongVersion,
     OutOfRange,
     NoOpenSlot,
     BufferTooSmall,
@@ -74,6 +77,7 @@ impl Error {
             Error::Unsupported(_) => ErrorKind::Unsupported,
             Error::NonFinite { .. } => ErrorKind::NonFinite,
             Error::BadPage(_) => ErrorKind::BadPage,
+            Error::WrongVersion { .. } => ErrorKind::WrongVersion,
             Error::OutOfRange { .. } => ErrorKind::OutOfRange,
             Error::NoOpenSlot { .. } => ErrorKind::NoOpenSlot,
             Error::BufferTooSmall { .. } => ErrorKind::BufferTooSmall,

@@ -36,6 +36,14 @@ impl Header {
     pub fn read(codec: &Codec, layout: &PageLayout, page: &[u8]) -> Result<Header> {
         let bad = |m: String| Err(Error::BadPage(m));
         let magic = u16::from_le_bytes([page[0], page[1]]);
+        let [letter, version] = MAGIC.to_le_bytes();
+        if page[0] == letter && page[1] != version {
+            return Err(Error::WrongVersion {
+                what: "page: format version",
+                found: page[1].to_string(),
+                expected: version.to_string(),
+            });
+        }
         if magic != MAGIC {
             return bad(format!("begins with {magic:#06x}, a sealed page begins with {MAGIC:#06x}"));
         }

@@ -115,7 +115,7 @@ unsafe impl Sized32 for kakeya_attend_args {
 ///
 /// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, flags, scale, query_start,
 /// seq_lens, block_table, strides), NO_OPEN_SLOT, ALIASED, BAD_PAGE (also: a page of another
-/// position).
+/// position), WRONG_VERSION (of a page).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_attend(
     codec: *const kakeya_codec,

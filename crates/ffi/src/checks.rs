@@ -135,9 +135,9 @@ impl<T> Region<T> {
 /// A named range of addresses, end exclusive.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Extent {
-    name: &'static str,
-    start: usize,
-    end: usize,
+    pub name: &'static str,
+    pub start: usize,
+    pub end: usize,
 }
 
 /// Refuses outputs that share a byte with another output or with an input. Inputs may overlap each other:

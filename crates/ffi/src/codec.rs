@@ -6,13 +6,16 @@ use ::kakeya_codec::{Codec, ModelShape};
 
 use crate::checks::{Region, below, pointer};
 use crate::error::{Outcome, refuse};
-use crate::panic::boundary;
+use crate::panic::{boundary, release};
 use crate::recipe::parse;
 use crate::status::kakeya_status::{self, *};
 use crate::text::{text_in, text_out};
 
-/// A recipe made ready for one model: static tables, widths and layouts of all layers. Immutable:
-/// any number of threads may use one codec at once.
+/// A recipe made ready for one model: static tables, widths and layouts of all layers.
+///
+/// Threads: immutable once made; any number of threads may use one codec at once, without locks, and
+/// a thread may release what another made. The one rule: kakeya_codec_free comes after every call
+/// that uses the codec has returned (as seen by the thread that frees: join it, or hand the codec over).
 pub struct kakeya_codec {
     pub(crate) inner: Codec,
 }
@@ -30,7 +33,7 @@ pub struct kakeya_codec {
 ///   out          takes the new codec; give it to kakeya_codec_free when no call uses it any more.
 ///
 /// Errors: BAD_RECIPE, BAD_MODEL, BAD_CALIBRATION, CALIBRATION_REQUIRED, CALIBRATION_MISMATCH,
-/// UNSUPPORTED.
+/// WRONG_VERSION (of the artefact), UNSUPPORTED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_codec_new(
     recipe: *const c_char,
@@ -63,23 +66,23 @@ pub unsafe extern "C" fn kakeya_codec_new(
     })
 }
 
-/// Releases a codec. NULL is fine. No other call may use the codec during this one or after it.
+/// Releases a codec, on any thread. NULL is fine. No other call may use the codec during this one or
+/// after it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_codec_free(codec: *mut kakeya_codec) {
-    if codec.is_null() || !codec.is_aligned() {
-        return;
-    }
-    // No status to return: a panic is kept as this thread's last error and goes no further.
-    let _ = boundary(|| {
-        // SAFETY: the header asks for a codec of kakeya_codec_new that has not been released; it came
-        // out of Box::into_raw there.
-        drop(unsafe { Box::from_raw(codec) });
+    release(|| {
+        if !codec.is_null() && codec.is_aligned() {
+            // SAFETY: the header asks for a codec of kakeya_codec_new that has not been released; it came
+            // out of Box::into_raw there.
+            drop(unsafe { Box::from_raw(codec) });
+        }
         Ok(())
-    });
+    })
 }
 
 /// The codec as JSON: "name", "page_bytes", "ratio", "quantizer", "fingerprint" (hex digest of the
-/// static tables: two codecs with the same fingerprint read each other's pages) and per layer its
+/// static tables: two codecs with the same fingerprint read each other's pages; keep it with pages
+/// that you store, and ask kakeya_codec_require_fingerprint before you read them) and per layer its
 /// slots, code bits and widths.
 ///
 /// Errors: BUFFER_TOO_SMALL.
@@ -95,6 +98,33 @@ pub unsafe extern "C" fn kakeya_codec_describe(
         let codec = unsafe { borrow(codec) }?;
         // SAFETY: the header asks for a buffer of cap bytes and a size that are the caller's to write.
         unsafe { text_out(&codec.describe().to_string(), buf, cap, needed) }
+    })
+}
+
+/// OK if pages that were written by a codec with this fingerprint mean the same to this one. A page
+/// does not carry the fingerprint itself: whoever keeps pages beyond the life of a codec, or takes
+/// them from another process, carries it with them.
+///
+/// Errors: WRONG_RECIPE (another recipe, model or artefact).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kakeya_codec_require_fingerprint(
+    codec: *const kakeya_codec,
+    fingerprint: *const c_char,
+    fingerprint_len: usize,
+) -> kakeya_status {
+    boundary(|| {
+        // SAFETY: the header asks for a codec that is not released during the call.
+        let codec = unsafe { borrow(codec) }?;
+        // SAFETY: the header asks for a text of this length that stays unchanged during the call.
+        let found = unsafe { text_in("fingerprint", fingerprint, fingerprint_len) }?;
+        if found == codec.fingerprint() {
+            return Ok(());
+        }
+        refuse!(
+            KAKEYA_ERR_WRONG_RECIPE,
+            "the pages' fingerprint is '{found}', this codec's is '{}': another recipe, model or artefact wrote them",
+            codec.fingerprint()
+        )
     })
 }
 

@@ -10,11 +10,15 @@ use crate::codec::{borrow, kakeya_codec};
 use crate::driver::{self, Device};
 use crate::kernels::{Kernels, Limits};
 use crate::launch::{handle, launch};
-use crate::panic::boundary;
+use crate::panic::{boundary, release, text_or_empty};
 use crate::status::kakeya_status;
 
-/// A codec made ready for one CUDA device: kernels loaded, static tables in the device's memory.
-/// Immutable: any number of threads may use it at once. It does not need its codec any more.
+/// A codec made ready for one CUDA device: kernels loaded, static tables in the device's memory. It
+/// does not need its codec any more.
+///
+/// Threads: as a codec's. Immutable once made; any number of threads may launch with it at once, each on
+/// a stream of its own or in turn on one. Launches that may run at the same time need a plan, a
+/// workspace and counters each.
 pub struct kakeya_cuda {
     pub(crate) device: Device,
     pub(crate) kernels: Kernels,
@@ -284,29 +288,31 @@ unsafe impl Sized32 for kakeya_cuda_open_args {
 /// kakeya_cuda_new returns NO_KERNELS. Static text.
 #[unsafe(no_mangle)]
 pub extern "C" fn kakeya_cuda_archs() -> *const c_char {
-    const LEN: usize = driver::ARCHS.len() + 1;
-    const BYTES: [u8; LEN] = {
-        let mut bytes = [0; LEN];
-        let mut i = 0;
-        while i + 1 < LEN {
-            bytes[i] = driver::ARCHS.as_bytes()[i];
-            i += 1;
+    text_or_empty(|| {
+        const LEN: usize = driver::ARCHS.len() + 1;
+        const BYTES: [u8; LEN] = {
+            let mut bytes = [0; LEN];
+            let mut i = 0;
+            while i + 1 < LEN {
+                bytes[i] = driver::ARCHS.as_bytes()[i];
+                i += 1;
+            }
+            bytes
+        };
+        static TEXT: [u8; LEN] = BYTES;
+        match CStr::from_bytes_with_nul(&TEXT) {
+            Ok(text) => text.as_ptr(),
+            Err(_) => c"".as_ptr(),
         }
-        bytes
-    };
-    static TEXT: [u8; LEN] = BYTES;
-    match CStr::from_bytes_with_nul(&TEXT) {
-        Ok(text) => text.as_ptr(),
-        Err(_) => c"".as_ptr(),
-    }
+    })
 }
 
 /// Makes a codec ready for a device: loads the kernels and copies the static tables there. The one
 /// function here that allocates (a few MiB of the device's memory) and waits; give the result to
 /// kakeya_cuda_free. The codec may be released before.
 ///
-/// Errors: BAD_STRUCT_SIZE, OUT_OF_RANGE (limits), NO_KERNELS, NO_CUDA, CUDA, UNSUPPORTED (head_dim;
-/// too little shared memory).
+/// Errors: BAD_STRUCT_SIZE, OUT_OF_RANGE (limits), NO_KERNELS, NO_CUDA, WRONG_DEVICE (there is none of
+/// this number), CUDA, UNSUPPORTED (head_dim; too little shared memory).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_cuda_new(
     codec: *const kakeya_codec,
@@ -352,16 +358,14 @@ pub unsafe extern "C" fn kakeya_cuda_new(
 /// during this one or after it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_cuda_free(cuda: *mut kakeya_cuda) {
-    if cuda.is_null() || !cuda.is_aligned() {
-        return;
-    }
-    // No status to return: a panic is kept as this thread's last error and goes no further.
-    let _ = boundary(|| {
-        // SAFETY: the header asks for a value of kakeya_cuda_new that has not been released; it came out of
-        // Box::into_raw there.
-        drop(unsafe { Box::from_raw(cuda) });
+    release(|| {
+        if !cuda.is_null() && cuda.is_aligned() {
+            // SAFETY: the header asks for a value of kakeya_cuda_new that has not been released; it came out of
+            // Box::into_raw there.
+            drop(unsafe { Box::from_raw(cuda) });
+        }
         Ok(())
-    });
+    })
 }
 
 /// Sizes of the buffers that the other functions take. The caller sets out->struct_size first.
@@ -395,9 +399,9 @@ pub unsafe extern "C" fn kakeya_cuda_sizes(
 /// below: nothing is allocated or waited for, so the launch may be captured in a CUDA graph.
 ///
 /// What arrays in the device's memory hold is not checked: block ids, slots and lengths must be what
-/// the comments say.
+/// the comments say. That they begin in memory of the device is (WRONG_DEVICE), here and below.
 ///
-/// Errors: BAD_STRUCT_SIZE, OUT_OF_RANGE (num_seqs, strides), ALIASED, CUDA.
+/// Errors: BAD_STRUCT_SIZE, OUT_OF_RANGE (num_seqs, strides), ALIASED, WRONG_DEVICE, CUDA.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_cuda_plan(
     cuda: *const kakeya_cuda,
@@ -409,7 +413,8 @@ pub unsafe extern "C" fn kakeya_cuda_plan(
 
 /// Copies the K and V of a step into open blocks: every token whose block has a slot.
 ///
-/// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, counts, strides), ALIASED, CUDA.
+/// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, counts, strides), ALIASED,
+/// WRONG_DEVICE, CUDA.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_cuda_append(
     cuda: *const kakeya_cuda,
@@ -437,7 +442,7 @@ pub unsafe extern "C" fn kakeya_cuda_seal(
 /// those that this step filled, its own block raw.
 ///
 /// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, counts, scale, strides), ALIASED,
-/// CUDA.
+/// WRONG_DEVICE, CUDA.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_cuda_attend(
     cuda: *const kakeya_cuda,
@@ -449,7 +454,8 @@ pub unsafe extern "C" fn kakeya_cuda_attend(
 
 /// Opens pages into dense rows, for prefill that continues a sequence, and for debugging.
 ///
-/// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, count, strides), ALIASED, CUDA.
+/// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, count, strides), ALIASED,
+/// WRONG_DEVICE, CUDA.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_cuda_open(
     cuda: *const kakeya_cuda,

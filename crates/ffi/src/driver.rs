@@ -10,9 +10,10 @@ use std::ptr::null_mut;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{
     self, CUdevice_attribute, CUdeviceptr, CUfunction, CUfunction_attribute, CUlaunchAttribute,
-    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUresult,
+    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUpointer_attribute, CUresult,
 };
 
+use crate::checks::Extent;
 use crate::error::{Outcome, refuse};
 use crate::status::kakeya_status::*;
 
@@ -54,6 +55,7 @@ pub(crate) struct Kernel {
 
 /// A device with the kernels loaded.
 pub(crate) struct Device {
+    ordinal: i32,
     device: sys::CUdevice,
     context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
@@ -92,12 +94,17 @@ impl Device {
         }
         let count = driver("counting devices", result::device::get_count())?;
         if !(0..count).contains(&ordinal) {
-            return refuse!(KAKEYA_ERR_NO_CUDA, "device {ordinal} of {count}; valid: a device that is there");
+            return refuse!(
+                KAKEYA_ERR_WRONG_DEVICE,
+                "device is {ordinal}; valid: 0..={} (there are {count})",
+                count - 1
+            );
         }
         let device = driver("opening the device", result::device::get(ordinal))?;
         // SAFETY: a device of result::device::get; released in drop.
         let context = driver("its primary context", unsafe { result::primary_ctx::retain(device) })?;
         let mut this = Self {
+            ordinal,
             device,
             context,
             modules: Vec::new(),
@@ -199,6 +206,64 @@ impl Device {
             )
         };
         Ok(driver("occupancy", blocks)? as u32)
+    }
+
+    /// Refuses arrays that do not begin in memory that this device reaches: of this device, managed, or pinned on the host.
+    /// A question to the driver's own tables, which waits for nothing and may be asked while a graph is captured.
+    pub fn check_memory(&self, arrays: &[Extent]) -> Outcome {
+        let _current = self.current()?;
+        for array in arrays.iter().filter(|array| array.start != array.end) {
+            let address = array.start as CUdeviceptr;
+            let mut ordinal = 0_i32;
+            // SAFETY: the attribute is an int; the address is only looked up.
+            let asked = unsafe {
+                sys::cuPointerGetAttribute(
+                    (&raw mut ordinal).cast(),
+                    CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+                    address,
+                )
+            };
+            if asked != CUresult::CUDA_SUCCESS || ordinal < 0 {
+                return refuse!(
+                    KAKEYA_ERR_WRONG_DEVICE,
+                    "{} is at {address:#x}, which is no memory that CUDA knows; valid: memory of device {}",
+                    array.name,
+                    self.ordinal
+                );
+            }
+            if ordinal != self.ordinal && Self::only_there(address) {
+                return refuse!(
+                    KAKEYA_ERR_WRONG_DEVICE,
+                    "{} is memory of device {ordinal}; valid: memory of device {}",
+                    array.name,
+                    self.ordinal
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an address of another device is that device's own memory: neither managed nor pinned on the host.
+    fn only_there(address: CUdeviceptr) -> bool {
+        let (mut kind, mut managed) = (0_u32, 0_u32);
+        // SAFETY: both attributes are of 4 bytes at most; the address is only looked up.
+        let asked = unsafe {
+            [
+                sys::cuPointerGetAttribute(
+                    (&raw mut kind).cast(),
+                    CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE,
+                    address,
+                ),
+                sys::cuPointerGetAttribute(
+                    (&raw mut managed).cast(),
+                    CUpointer_attribute::CU_POINTER_ATTRIBUTE_IS_MANAGED,
+                    address,
+                ),
+            ]
+        };
+        asked == [CUresult::CUDA_SUCCESS; 2]
+            && kind == sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32
+            && managed == 0
     }
 
     /// Copies `bytes` to memory of the device that lives as long as self.

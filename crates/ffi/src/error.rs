@@ -7,6 +7,7 @@ use std::ffi::{CString, c_char};
 
 use ::kakeya_codec::{Error as CodecError, ErrorKind};
 
+use crate::panic::text_or_empty;
 use crate::status::kakeya_status::{self, *};
 
 /// A refusal on its way to the caller.
@@ -44,6 +45,7 @@ impl From<CodecError> for Failure {
             ErrorKind::Unsupported => KAKEYA_ERR_UNSUPPORTED,
             ErrorKind::NonFinite => KAKEYA_ERR_NON_FINITE,
             ErrorKind::BadPage => KAKEYA_ERR_BAD_PAGE,
+            ErrorKind::WrongVersion => KAKEYA_ERR_WRONG_VERSION,
             ErrorKind::OutOfRange => KAKEYA_ERR_OUT_OF_RANGE,
             ErrorKind::NoOpenSlot => KAKEYA_ERR_NO_OPEN_SLOT,
             ErrorKind::BufferTooSmall => KAKEYA_ERR_BUFFER_TOO_SMALL,
@@ -71,7 +73,7 @@ pub(crate) fn remember(message: &str) {
 /// thread.
 #[unsafe(no_mangle)]
 pub extern "C" fn kakeya_last_error() -> *const c_char {
-    LAST_ERROR.try_with(|cell| cell.borrow().as_ptr()).unwrap_or(c"".as_ptr())
+    text_or_empty(|| LAST_ERROR.try_with(|cell| cell.borrow().as_ptr()).unwrap_or(c"".as_ptr()))
 }
 
 #[cfg(test)]

@@ -24,6 +24,8 @@ pub(crate) struct Launch<'a, P> {
     grid: [u32; 3],
     stream: *mut c_void,
     params: P,
+    /// Every array that was passed, for the question whose memory it is.
+    memory: Vec<Extent>,
     /// The attention kernel's second parameter.
     stages: Option<u32>,
     /// Whether it may begin before the launch before it has ended: the kernels that wait by themselves.
@@ -44,7 +46,8 @@ pub(crate) unsafe fn launch<A: Sized32, P>(
         let args = arguments(args)?;
         // SAFETY: promised by the caller.
         let cuda = unsafe { handle(cuda) }?;
-        let Launch { kernel, grid, stream, mut params, mut stages, early } = prepare(cuda, &args)?;
+        let Launch { kernel, grid, stream, mut params, memory, mut stages, early } = prepare(cuda, &args)?;
+        cuda.device.check_memory(&memory)?;
         let mut pointers = [from_mut(&mut params).cast(), null_mut()];
         let mut count = 1;
         if let Some(stages) = &mut stages {
@@ -81,7 +84,7 @@ impl kakeya_cuda {
         )?;
         let open_slot = Region::new("open_slot", args.open_slot, args.num_blocks as usize)?;
         let plan = Region::new("plan", args.plan, limits.plan_len() as usize)?;
-        disjoint(&[plan.extent()], &[&inputs.extents()[..], &[open_slot.extent()]].concat())?;
+        let memory = apart(&[plan.extent()], &[&inputs.extents()[..], &[open_slot.extent()]].concat())?;
         let params = PlanParams {
             query_start: args.query_start,
             seq_lens: args.seq_lens,
@@ -99,6 +102,7 @@ impl kakeya_cuda {
             grid: [1, 1, 1],
             stream: args.stream,
             params,
+            memory,
             stages: None,
             early: false,
         })
@@ -106,7 +110,7 @@ impl kakeya_cuda {
 
     /// A step's K and V into open blocks.
     pub(crate) fn append(&self, args: &kakeya_cuda_write_args) -> Outcome<Launch<'_, AppendParams>> {
-        let element = self.check_write(args)?;
+        let (element, memory) = self.check_write(args)?;
         let heads = self.limits.num_kv_heads;
         let params = AppendParams {
             k: args.k,
@@ -129,6 +133,7 @@ impl kakeya_cuda {
             grid,
             stream: args.stream,
             params,
+            memory,
             stages: None,
             early: false,
         })
@@ -136,7 +141,7 @@ impl kakeya_cuda {
 
     /// The blocks that a step fills, into pages.
     pub(crate) fn seal(&self, args: &kakeya_cuda_write_args) -> Outcome<Launch<'_, SealParams>> {
-        let element = self.check_write(args)?;
+        let (element, memory) = self.check_write(args)?;
         let heads = self.limits.num_kv_heads;
         let params = SealParams {
             tables: self.tables,
@@ -163,6 +168,7 @@ impl kakeya_cuda {
             grid,
             stream: args.stream,
             params,
+            memory,
             stages: None,
             early: true,
         })
@@ -202,7 +208,7 @@ impl kakeya_cuda {
             attend.workspace_len(limits, self.shape.head_dim) as usize,
         )?;
         let counters = Region::new("counters", args.counters, attend.counters_len(limits) as usize)?;
-        disjoint(
+        let memory = apart(
             &[out.extent(), workspace.extent(), counters.extent()],
             &[
                 &sequences.extents()[..],
@@ -247,6 +253,7 @@ impl kakeya_cuda {
             grid,
             stream: args.stream,
             params,
+            memory,
             stages: Some(attend.stages),
             early: true,
         })
@@ -265,7 +272,7 @@ impl kakeya_cuda {
         let pages =
             self.pages(args.pages, args.num_blocks, [args.page_block_stride, args.page_head_stride])?;
         let blocks = Region::new("blocks", args.blocks, args.count as usize)?;
-        disjoint(&[k.extent(), v.extent()], &[pages.region.extent(), blocks.extent()])?;
+        let memory = apart(&[k.extent(), v.extent()], &[pages.region.extent(), blocks.extent()])?;
         let params = OpenParams {
             tables: self.tables,
             pages: args.pages,
@@ -290,13 +297,14 @@ impl kakeya_cuda {
             grid: [args.count, heads, 2],
             stream: args.stream,
             params,
+            memory,
             stages: None,
             early: false,
         })
     }
 
-    /// What append and seal both ask of their arguments; the index of the element type.
-    fn check_write(&self, args: &kakeya_cuda_write_args) -> Outcome<usize> {
+    /// What append and seal both ask of their arguments; the index of the element type, and the arrays.
+    fn check_write(&self, args: &kakeya_cuda_write_args) -> Outcome<(usize, Vec<Extent>)> {
         let (dtype, element) = self.check_common(args.layer, args.first_head, args.dtype)?;
         within("num_tokens", args.num_tokens.into(), 0, self.limits.max_tokens.into())?;
         within("num_seqs", args.num_seqs.into(), 0, self.limits.max_seqs.into())?;
@@ -312,11 +320,11 @@ impl kakeya_cuda {
         let pages =
             self.pages(args.pages, args.num_blocks, [args.page_block_stride, args.page_head_stride])?;
         let status = Region::new("status", args.status, 1)?;
-        disjoint(
+        let memory = apart(
             &[open_blocks.extent(), pages.region.extent(), status.extent()],
             &[k.extent(), v.extent(), slot_mapping.extent(), open_slot.extent(), plan.extent()],
         )?;
-        Ok(element)
+        Ok((element, memory))
     }
 
     fn check_common(&self, layer: u32, first_head: u32, dtype: u32) -> Outcome<(kakeya_dtype, usize)> {
@@ -347,6 +355,12 @@ impl kakeya_cuda {
         aligned("open_blocks", ptr, &[])?;
         Ok(open_blocks)
     }
+}
+
+/// As [`disjoint`]; all arrays together.
+fn apart(outputs: &[Extent], inputs: &[Extent]) -> Outcome<Vec<Extent>> {
+    disjoint(outputs, inputs)?;
+    Ok([outputs, inputs].concat())
 }
 
 /// Refuses what 16-byte accesses and bulk copies of the kernels cannot reach. `strides` in bytes.

@@ -45,6 +45,7 @@ mod write;
 pub use attend::{KAKEYA_ATTEND_SEALED_PREFILL, kakeya_attend, kakeya_attend_args};
 pub use codec::{
     kakeya_codec, kakeya_codec_describe, kakeya_codec_free, kakeya_codec_new, kakeya_codec_page_bytes,
+    kakeya_codec_require_fingerprint,
 };
 pub use cuda::{
     kakeya_cuda, kakeya_cuda_append, kakeya_cuda_archs, kakeya_cuda_attend, kakeya_cuda_attend_args,
@@ -59,5 +60,8 @@ pub use open::kakeya_open;
 pub use recipe::{kakeya_recipe_describe, kakeya_recipe_list, kakeya_recipe_page_bytes};
 pub use seal::{kakeya_seal, kakeya_seal_args};
 pub use status::{kakeya_status, kakeya_status_name};
-pub use version::{KAKEYA_ABI_VERSION, KAKEYA_BLOCK_TOKENS, kakeya_abi_version, kakeya_simd, kakeya_version};
+pub use version::{
+    KAKEYA_ABI_VERSION, KAKEYA_BLOCK_TOKENS, kakeya_abi_version, kakeya_require_abi, kakeya_simd,
+    kakeya_version,
+};
 pub use write::{kakeya_write, kakeya_write_args};

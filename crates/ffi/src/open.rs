@@ -15,7 +15,7 @@ use crate::version::KAKEYA_BLOCK_TOKENS;
 ///   out_len      floats that each of k and v holds, at least 128 * head_dim
 ///
 /// The position of the block is in the page. Errors: OUT_OF_RANGE (layer, head), BUFFER_TOO_SMALL
-/// (page_len, out_len), ALIASED, BAD_PAGE.
+/// (page_len, out_len), ALIASED, BAD_PAGE, WRONG_VERSION (of the page).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_open(
     codec: *const kakeya_codec,

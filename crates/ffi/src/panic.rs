@@ -1,9 +1,11 @@
-//! The boundary that every fallible entry point runs behind.
+//! The boundary that every entry point runs behind: its body is one call of [`boundary`], [`release`], [`text_or_empty`] or
+//! [`number`] (`tests/boundary.rs` reads the sources for it).
 //!
 //! Unwinding into C is undefined behaviour, and a serving engine must not die of a bug in a codec:
 //! a panic becomes `KAKEYA_ERR_PANIC` with its text, and the process goes on.
 
 use std::any::Any;
+use std::ffi::c_char;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::{Outcome, remember};
@@ -21,11 +23,40 @@ pub(crate) fn boundary(body: impl FnOnce() -> Outcome) -> kakeya_status {
         }
         Err(payload) => {
             remember(&format!("bug in libkakeya, please report: {}", text_of(payload.as_ref())));
-            // Dropping a payload may itself panic, outside of the catch above; leaking a few bytes
-            // once per bug is the safe choice.
-            std::mem::forget(payload);
+            discard(payload);
             KAKEYA_ERR_PANIC
         }
+    }
+}
+
+/// Runs the body of an entry point that returns no status. A panic stays as this thread's last error and goes no further.
+pub(crate) fn release(body: impl FnOnce() -> Outcome) {
+    let _ = boundary(body);
+}
+
+/// Runs the body of an entry point that returns a text; "" after a panic.
+pub(crate) fn text_or_empty(body: impl FnOnce() -> *const c_char) -> *const c_char {
+    // AssertUnwindSafe: as in `boundary`. The panic is not remembered: this may be kakeya_last_error itself.
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
+        discard(payload);
+        c"".as_ptr()
+    })
+}
+
+/// Runs the body of an entry point that returns a number; 0 after a panic.
+pub(crate) fn number(body: impl FnOnce() -> u32) -> u32 {
+    // AssertUnwindSafe: as in `boundary`.
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
+        discard(payload);
+        0
+    })
+}
+
+/// Drops what a panic carried. A payload whose own drop panics is left with what that carried: a few bytes lost once per
+/// bug, for nothing that unwinds any further.
+fn discard(payload: Box<dyn Any + Send>) {
+    if let Err(second) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+        std::mem::forget(second);
     }
 }
 
@@ -57,6 +88,28 @@ mod tests {
         assert_eq!(text(), "bug in libkakeya, please report: plain");
         assert_eq!(boundary(|| std::panic::panic_any(7_u8)), KAKEYA_ERR_PANIC);
         assert_eq!(text(), "bug in libkakeya, please report: a panic without text");
+    }
+
+    #[test]
+    fn a_payload_that_panics_when_dropped_goes_no_further() {
+        struct Bomb;
+        impl Drop for Bomb {
+            fn drop(&mut self) {
+                panic!("dropped");
+            }
+        }
+        // A zero-sized payload: what is left behind then holds no memory.
+        assert_eq!(boundary(|| std::panic::panic_any(Bomb)), KAKEYA_ERR_PANIC);
+    }
+
+    #[test]
+    fn entry_points_without_a_status_end_quietly() {
+        release(|| panic!("while releasing"));
+        assert_eq!(text(), "bug in libkakeya, please report: while releasing");
+        // SAFETY: never NULL, NUL-terminated.
+        assert_eq!(unsafe { CStr::from_ptr(text_or_empty(|| panic!("text"))) }, c"");
+        assert_eq!(number(|| panic!("number")), 0);
+        assert_eq!(number(|| 7), 7);
     }
 
     #[test]

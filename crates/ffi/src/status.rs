@@ -5,6 +5,8 @@
 
 use std::ffi::{CStr, c_char};
 
+use crate::panic::text_or_empty;
+
 /// What a call came to. Numbers are frozen: a number keeps its meaning in every later version.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,10 +52,16 @@ pub enum kakeya_status {
     KAKEYA_ERR_BAD_DTYPE = 18,
     /// The library was built without CUDA kernels, or without ones for this GPU or shape.
     KAKEYA_ERR_NO_KERNELS = 19,
-    /// There is no CUDA driver, or not this device.
+    /// There is no CUDA driver, or it does not start.
     KAKEYA_ERR_NO_CUDA = 20,
     /// The CUDA driver refused a call; the text says which and why.
     KAKEYA_ERR_CUDA = 21,
+    /// The caller, a page or a calibration artefact is of another version than this library.
+    KAKEYA_ERR_WRONG_VERSION = 22,
+    /// A device that is not there, or memory that is not the device's.
+    KAKEYA_ERR_WRONG_DEVICE = 23,
+    /// Pages of another recipe, model or artefact than the codec's: their fingerprints differ.
+    KAKEYA_ERR_WRONG_RECIPE = 24,
     /// A bug in this library. The process goes on; please report the text of kakeya_last_error().
     /// The one status after which outputs may have been written in part.
     KAKEYA_ERR_PANIC = 99,
@@ -62,7 +70,7 @@ pub enum kakeya_status {
 use kakeya_status::*;
 
 /// Every code with its name. The test below keeps this and the enum the same.
-const NAMES: [(kakeya_status, &CStr); 23] = [
+const NAMES: [(kakeya_status, &CStr); 26] = [
     (KAKEYA_OK, c"KAKEYA_OK"),
     (KAKEYA_ERR_NULL_POINTER, c"KAKEYA_ERR_NULL_POINTER"),
     (KAKEYA_ERR_MISALIGNED, c"KAKEYA_ERR_MISALIGNED"),
@@ -85,6 +93,9 @@ const NAMES: [(kakeya_status, &CStr); 23] = [
     (KAKEYA_ERR_NO_KERNELS, c"KAKEYA_ERR_NO_KERNELS"),
     (KAKEYA_ERR_NO_CUDA, c"KAKEYA_ERR_NO_CUDA"),
     (KAKEYA_ERR_CUDA, c"KAKEYA_ERR_CUDA"),
+    (KAKEYA_ERR_WRONG_VERSION, c"KAKEYA_ERR_WRONG_VERSION"),
+    (KAKEYA_ERR_WRONG_DEVICE, c"KAKEYA_ERR_WRONG_DEVICE"),
+    (KAKEYA_ERR_WRONG_RECIPE, c"KAKEYA_ERR_WRONG_RECIPE"),
     (KAKEYA_ERR_PANIC, c"KAKEYA_ERR_PANIC"),
 ];
 
@@ -92,12 +103,14 @@ const NAMES: [(kakeya_status, &CStr); 23] = [
 /// is no status. Static text, never NULL.
 #[unsafe(no_mangle)]
 pub extern "C" fn kakeya_status_name(status: i32) -> *const c_char {
-    // Taken as a number: a Rust enum that holds any other bit pattern would be undefined behaviour.
-    NAMES
-        .iter()
-        .find(|(code, _)| *code as i32 == status)
-        .map_or(c"KAKEYA_ERR_UNKNOWN", |(_, name)| name)
-        .as_ptr()
+    text_or_empty(|| {
+        // Taken as a number: a Rust enum that holds any other bit pattern would be undefined behaviour.
+        NAMES
+            .iter()
+            .find(|(code, _)| *code as i32 == status)
+            .map_or(c"KAKEYA_ERR_UNKNOWN", |(_, name)| name)
+            .as_ptr()
+    })
 }
 
 #[cfg(test)]
@@ -130,6 +143,9 @@ mod tests {
             (19, "KAKEYA_ERR_NO_KERNELS"),
             (20, "KAKEYA_ERR_NO_CUDA"),
             (21, "KAKEYA_ERR_CUDA"),
+            (22, "KAKEYA_ERR_WRONG_VERSION"),
+            (23, "KAKEYA_ERR_WRONG_DEVICE"),
+            (24, "KAKEYA_ERR_WRONG_RECIPE"),
             (99, "KAKEYA_ERR_PANIC"),
         ];
         assert_eq!(NAMES.len(), published.len());
@@ -144,7 +160,7 @@ mod tests {
 
     #[test]
     fn unknown_numbers_have_a_name_too() {
-        for number in [-1, 22, 98, 100, i32::MAX, i32::MIN] {
+        for number in [-1, 25, 98, 100, i32::MAX, i32::MIN] {
             // SAFETY: the function returns static NUL-terminated text.
             let got = unsafe { CStr::from_ptr(kakeya_status_name(number)) };
             assert_eq!(got, c"KAKEYA_ERR_UNKNOWN");

@@ -57,7 +57,7 @@ fn symbols_are_those_of_the_header() {
         .filter(|name| name.starts_with("kakeya_"))
         .map(str::to_owned)
         .collect();
-    assert_eq!(declared.len(), 26, "functions of ABI 1: {declared:?}");
+    assert_eq!(declared.len(), 28, "functions of ABI 1: {declared:?}");
 
     let file = std::fs::read(stranger::library_path()).unwrap();
     let exports: BTreeSet<String> = object::File::parse(&*file)
@@ -152,7 +152,51 @@ fn the_layout_is_that_of_the_codec_crate() {
     library.free(codec);
 }
 
-/// Any bytes are a page or BAD_PAGE; none are a crash or a bug.
+/// Another ABI, another page format, another artefact format, another recipe: each is told from the others.
+#[test]
+fn other_versions_and_recipes_are_told_apart() {
+    let library = Library::load();
+    // SAFETY: the signature is the one of the header.
+    let require: extern "C" fn(u32) -> kakeya_status = unsafe { library.get("kakeya_require_abi") };
+    assert_eq!(require(kakeya::KAKEYA_ABI_VERSION), KAKEYA_OK);
+    for version in [0, kakeya::KAKEYA_ABI_VERSION + 1, u32::MAX] {
+        assert_eq!(require(version), KAKEYA_ERR_WRONG_VERSION);
+        assert!(library.last_error().contains(&format!("version {version}")), "{}", library.last_error());
+    }
+
+    let codec = library.codec(RECIPE, &[]).unwrap();
+    let (k, v) = (noise(1, 128 * HEADS * D), noise(2, 128 * HEADS * D));
+    let mut pages = vec![0; HEADS * library.page_bytes(codec)];
+    assert_eq!(library.seal(codec, &seal_args(&k, &v, &mut pages)), KAKEYA_OK);
+    let mut page = pages[..pages.len() / HEADS].to_vec();
+    page[1] = 2; // the format version
+    let (mut k, mut v) = (vec![7.0; 128 * D], vec![7.0; 128 * D]);
+    assert_eq!(library.open(codec, 1, 0, &page, &mut k, &mut v), KAKEYA_ERR_WRONG_VERSION);
+    assert_eq!(library.last_error(), "page: format version is '2', expected '1'");
+    page[0] = b'X'; // no page at all
+    assert_eq!(library.open(codec, 1, 0, &page, &mut k, &mut v), KAKEYA_ERR_BAD_PAGE);
+    assert!(k.iter().chain(&v).all(|x| *x == 7.0));
+
+    let mut artefact = stranger::artefact();
+    let at = artefact.windows(20).position(|bytes| bytes == b"kakeya-calibration-1").unwrap();
+    artefact[at + 19] = b'2';
+    assert_eq!(library.codec("kakeya-4.6x", &artefact).unwrap_err(), KAKEYA_ERR_WRONG_VERSION);
+    artefact[at] = b'x';
+    assert_eq!(library.codec("kakeya-4.6x", &artefact).unwrap_err(), KAKEYA_ERR_BAD_CALIBRATION);
+
+    // Same model and page size, another quantiser.
+    let other = library.codec("kakeya-free-4.6x-trellis", &[]).unwrap();
+    assert_eq!(library.page_bytes(codec), library.page_bytes(other));
+    let (mine, theirs) = (library.fingerprint(codec), library.fingerprint(other));
+    assert_eq!(library.require_fingerprint(codec, &mine), KAKEYA_OK);
+    assert_eq!(library.require_fingerprint(codec, &theirs), KAKEYA_ERR_WRONG_RECIPE);
+    assert!(library.last_error().contains(&mine) && library.last_error().contains(&theirs));
+    assert_eq!(library.require_fingerprint(codec, ""), KAKEYA_ERR_WRONG_RECIPE);
+    library.free(codec);
+    library.free(other);
+}
+
+/// Any bytes are a page, BAD_PAGE or WRONG_VERSION; none are a crash or a bug.
 #[test]
 fn hostile_pages_are_opened_or_refused() {
     let library = Library::load();
@@ -172,7 +216,8 @@ fn hostile_pages_are_opened_or_refused() {
             _ => (0..3).for_each(|_| page[random.next() as usize % 16] = random.next() as u8),
         }
         let status = library.open(codec, 1, 0, &page, &mut k, &mut v);
-        assert!([KAKEYA_OK, KAKEYA_ERR_BAD_PAGE].contains(&status), "{status:?}: {}", library.last_error());
+        let taken = [KAKEYA_OK, KAKEYA_ERR_BAD_PAGE, KAKEYA_ERR_WRONG_VERSION].contains(&status);
+        assert!(taken, "{status:?}: {}", library.last_error());
     }
     library.free(codec);
 }

@@ -13,8 +13,11 @@ const LAYERS: usize = 2;
 pub const MODEL: &str = r#"{"num_layers":2,"num_kv_heads":2,"num_q_heads":4,"head_dim":64,"max_position":1024,
     "rope":{"rotary_dim":8,"interleaved":true,"inv_freq":[1.0,0.1,0.01,0.001]}}"#;
 
-/// Where cargo put the shared library that it built with this test.
+/// KAKEYA_LIBRARY, or where cargo put the shared library that it built with this test.
 pub fn library_path() -> PathBuf {
+    if let Some(chosen) = std::env::var_os("KAKEYA_LIBRARY").filter(|value| !value.is_empty()) {
+        return chosen.into();
+    }
     let test = std::env::current_exe().expect("a test knows its own path");
     let deps = test.parent().expect("a test lies in target/<profile>/deps");
     // Building a test builds the library into deps/; `cargo build` copies it one folder up.
@@ -98,6 +101,37 @@ impl Library {
         // SAFETY: the signature is the one of the header; the codec lives.
         assert_eq!(unsafe { self.get::<Ask>("kakeya_codec_page_bytes")(codec, 0, &mut bytes) }, KAKEYA_OK);
         bytes
+    }
+
+    /// What kakeya_codec_describe says of the static tables.
+    pub fn fingerprint(&self, codec: *const kakeya_codec) -> String {
+        type Describe =
+            unsafe extern "C" fn(*const kakeya_codec, *mut c_char, usize, *mut usize) -> kakeya_status;
+        let (mut text, mut needed) = (vec![0_u8; 1 << 16], 0);
+        // SAFETY: the signature is the one of the header; codec and buffer live.
+        let status = unsafe {
+            self.get::<Describe>("kakeya_codec_describe")(
+                codec,
+                text.as_mut_ptr().cast(),
+                text.len(),
+                &mut needed,
+            )
+        };
+        assert_eq!(status, KAKEYA_OK, "{}", self.last_error());
+        let described: serde_json::Value = serde_json::from_slice(&text[..needed - 1]).unwrap();
+        described["fingerprint"].as_str().unwrap().to_owned()
+    }
+
+    pub fn require_fingerprint(&self, codec: *const kakeya_codec, fingerprint: &str) -> kakeya_status {
+        type Require = unsafe extern "C" fn(*const kakeya_codec, *const c_char, usize) -> kakeya_status;
+        // SAFETY: the signature is the one of the header; codec and text live.
+        unsafe {
+            self.get::<Require>("kakeya_codec_require_fingerprint")(
+                codec,
+                fingerprint.as_ptr().cast(),
+                fingerprint.len(),
+            )
+        }
     }
 
     /// The caller's args point to memory that lives.
