@@ -136,7 +136,7 @@ def test_a_library_of_another_version_is_refused(
 
 
 def test_another_library_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImportError, match="is no libkakeya"):
+    with pytest.raises(ImportError, match="it is no libkakeya"):
         lib.Library(library(tmp_path, "int unrelated;"))
 
 

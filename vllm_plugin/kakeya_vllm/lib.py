@@ -372,8 +372,8 @@ class Library:
             ) from error
         if not hasattr(self._dll, "kakeya_abi_version"):
             raise ImportError(
-                f"{path} is no libkakeya: it has no kakeya_abi_version. Leave KAKEYA_LIBRARY unset "
-                "to take the one in the package"
+                f"{path} cannot be used as {LIBRARY_NAME}: it is no libkakeya, it has no "
+                "kakeya_abi_version. Leave KAKEYA_LIBRARY unset to take the one in the package"
             )
         self._dll.kakeya_abi_version.restype = c_uint32
         self._dll.kakeya_abi_version.argtypes = []
