@@ -66,7 +66,7 @@ part_asan() {
     # An instrumented library cannot be loaded by an executable that has the sanitizer's runtime linked in statically:
     # tests/loaded.rs is left to the C programs below, which share theirs.
     CXXFLAGS="" cargo +nightly test --locked --quiet --target $TARGET -p kakeya-codec --lib --tests
-    CXXFLAGS="" cargo +nightly test --locked --quiet --target $TARGET -p kakeya-ffi --lib --test memory --test boundary
+    CXXFLAGS="" cargo +nightly test --locked --quiet --target $TARGET -p kakeya-ffi --lib --test memory --test threads --test boundary
     cargo +nightly test --locked --quiet --target $TARGET -p kakeya-bridge --tests
     cargo +nightly build --locked --quiet --target $TARGET -p kakeya-ffi
     unset RUSTFLAGS CXXFLAGS CARGO_TARGET_DIR
@@ -96,7 +96,7 @@ part_miri() {
     # ABI: what turns pointers into slices. Isolation off: variables of the environment are read.
     export MIRIFLAGS=-Zmiri-disable-isolation CARGO_TARGET_DIR=$ROOT/target/miri
     cargo +nightly miri test --locked -p kakeya-ffi --lib
-    cargo +nightly miri test --locked -p kakeya-codec --lib -- hadamard:: recipe:: side_area unit:: widths::
+    cargo +nightly miri test --locked -p kakeya-codec --lib -- hadamard:: recipe:: side_area a_lanes_words slot_bytes tiles_of
     if [[ ${KAKEYA_MIRI:-} == all ]]; then
         # Hours. Leaks: rayon's threads live as long as the process. Tree borrows: stacked borrows refuse rayon's queues.
         MIRIFLAGS+=" -Zmiri-ignore-leaks -Zmiri-tree-borrows" RAYON_NUM_THREADS=2 \
