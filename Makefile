@@ -1,12 +1,14 @@
 # The two commands are `make demo` and `make test`; README.md says what they do and take. Each script sets up what is missing.
 # PYTHON chooses the interpreter of .venv (3.11, 3.12 or 3.13).
 
-.PHONY: help setup build kernels demo test test-gpu bench-gpu soak fuzz lint format clean
+.PHONY: help setup build kernels demo test sanitize supply-chain test-gpu bench-gpu soak fuzz lint format clean
 
 help:
 	@echo 'make setup   .venv with vLLM and the plugin, libkakeya, a small model'
 	@echo 'make demo    a real model through KAKEYA: text, capacity and quality (writes demo.json)'
 	@echo 'make test    every test'
+	@echo 'make sanitize      the tests under Miri, sanitizers and valgrind, as far as they are installed'
+	@echo 'make supply-chain  licences, sources and known vulnerabilities of what the code depends on'
 	@echo 'make build   libkakeya only'
 	@echo 'make kernels   the CUDA kernels, for the next build (needs no GPU; set-up does it where there is one)'
 	@echo 'make test-gpu  kernels and engines on a GPU; make bench-gpu measures them'
@@ -30,6 +32,12 @@ demo: setup
 test: setup
 	@scripts/test.sh
 
+sanitize: setup
+	@scripts/sanitize.sh
+
+supply-chain: setup
+	@scripts/supply_chain.sh
+
 test-gpu: setup
 	@scripts/test_gpu.sh
 
@@ -50,4 +58,4 @@ format: setup
 
 clean:
 	cargo clean
-	rm -rf dist demo.json .cache/stamps .cache/capi .cache/models .cache/kakeya
+	rm -rf dist demo.json .cache/stamps .cache/capi* .cache/models .cache/kakeya

@@ -12,7 +12,7 @@
 #   bridge    device code compiled for the host with UndefinedBehaviorSanitizer
 #   tsan      Rust tests with ThreadSanitizer (nightly with rust-src). Not helgrind: it knows locks, and takes the atomics of a
 #             lock-free queue (rayon's) for races
-#   miri      unit tests and tests/memory.rs of the Rust crates (nightly with miri)
+#   miri      unit tests of the Rust crates (nightly with miri); KAKEYA_MIRI=all: slow ones and tests/memory.rs too, hours
 #   valgrind  the example and the C tests under memcheck
 # compute-sanitizer on the GPU tests is `scripts/test_gpu.sh run sanitizer`.
 set -euo pipefail
@@ -66,7 +66,7 @@ part_asan() {
     # An instrumented library cannot be loaded by an executable that has the sanitizer's runtime linked in statically:
     # tests/loaded.rs is left to the C programs below, which share theirs.
     CXXFLAGS="" cargo +nightly test --locked --quiet --target $TARGET -p kakeya-codec --lib --tests
-    CXXFLAGS="" cargo +nightly test --locked --quiet --target $TARGET -p kakeya-ffi --lib --test memory --test boundary
+    CXXFLAGS="" cargo +nightly test --locked --quiet --target $TARGET -p kakeya-ffi --lib --test memory --test threads --test boundary
     cargo +nightly test --locked --quiet --target $TARGET -p kakeya-bridge --tests
     cargo +nightly build --locked --quiet --target $TARGET -p kakeya-ffi
     unset RUSTFLAGS CXXFLAGS CARGO_TARGET_DIR
@@ -91,10 +91,18 @@ part_tsan() {
 
 part_miri() {
     nightly && component miri || { skip miri "no nightly toolchain with miri (rustup component add miri --toolchain nightly)"; return; }
-    # Isolation off: KAKEYA_SIMD and RAYON_NUM_THREADS are read. Leaks ignored: rayon's threads live as long as the process.
-    # Tree borrows: rayon's queues (crossbeam-epoch) are refused by stacked borrows.
-    MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-ignore-leaks -Zmiri-tree-borrows" RAYON_NUM_THREADS=2 \
-        CARGO_TARGET_DIR=$ROOT/target/miri cargo +nightly miri test --locked -p kakeya-codec -p kakeya-ffi --lib --test memory
+    # Interpreted code is some thousand times slower. Of the codec, whose only unsafe code is the choice of an instruction set
+    # (Miri runs the portable one): what packs, places and reads bytes; making a whole codec takes many minutes. Of the C
+    # ABI: what turns pointers into slices. Isolation off: variables of the environment are read.
+    export MIRIFLAGS=-Zmiri-disable-isolation CARGO_TARGET_DIR=$ROOT/target/miri
+    cargo +nightly miri test --locked -p kakeya-ffi --lib
+    cargo +nightly miri test --locked -p kakeya-codec --lib -- hadamard:: recipe:: side_area a_lanes_words slot_bytes tiles_of
+    if [[ ${KAKEYA_MIRI:-} == all ]]; then
+        # Hours. Leaks: rayon's threads live as long as the process. Tree borrows: stacked borrows refuse rayon's queues.
+        MIRIFLAGS+=" -Zmiri-ignore-leaks -Zmiri-tree-borrows" RAYON_NUM_THREADS=2 \
+            cargo +nightly miri test --locked -p kakeya-codec -p kakeya-ffi --lib --test memory
+    fi
+    unset MIRIFLAGS CARGO_TARGET_DIR
 }
 
 # checked PROGRAM ARGUMENTS...: a program under valgrind, which knows no AVX-512.

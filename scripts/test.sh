@@ -55,6 +55,8 @@ if [[ ${1:-} != lint ]]; then
     # The Rust tests compare the header too; this says what changed.
     part "C header" scripts/header.sh
     part "ctest" capi_tests
+    # `make sanitize` runs the parts that take longer.
+    part "panic=abort, sanitizers, valgrind" scripts/sanitize.sh short
     part "pytest, tools" "$PY" -m pytest tests/python
     part "pytest, vLLM engines" "$PY" -m pytest tests/vllm
 fi

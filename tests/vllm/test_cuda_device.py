@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from kakeya_vllm import cuda, lib
@@ -152,3 +154,40 @@ def test_attention_refused_by_name(field: str, value: float, part: str) -> None:
     setattr(args, field, value)
     with pytest.raises(lib.KakeyaError, match=part):
         made.worker.codec.attend(args)
+
+
+def test_wrong_devices_are_refused() -> None:
+    """A device that is not there, and arrays that are not the device's; pinned ones it reaches."""
+    made = codec(RECIPES[0], 1, 1, 64)
+    limits = {"max_seqs": 4, "max_tokens": 512, "max_query": 8, "num_kv_heads": 1}
+    with pytest.raises(lib.KakeyaError, match="KAKEYA_ERR_WRONG_DEVICE: device is"):
+        lib.CudaCodec(made, device=torch.cuda.device_count(), **limits)
+    on_device = lib.CudaCodec(made, device=0, **limits)
+    plan = torch.zeros(on_device.buffers().plan_len, dtype=torch.int32, device="cuda:0")
+    integers = torch.zeros(16, dtype=torch.int32, device="cuda:0")
+
+    def call(seq_lens: torch.Tensor) -> None:
+        on_device.plan(
+            lib.CudaPlanArgs(
+                struct_size=ctypes.sizeof(lib.CudaPlanArgs),
+                num_seqs=1,
+                max_blocks_per_seq=2,
+                num_blocks=2,
+                query_start=integers.data_ptr(),
+                seq_lens=seq_lens.data_ptr(),
+                block_table=integers.data_ptr(),
+                block_table_stride=2,
+                open_slot=integers.data_ptr(),
+                plan=plan.data_ptr(),
+                stream=torch.cuda.current_stream(0).cuda_stream,
+            )
+        )
+
+    call(integers)
+    call(torch.zeros(16, dtype=torch.int32, pin_memory=True))
+    with pytest.raises(lib.KakeyaError, match=r"KAKEYA_ERR_WRONG_DEVICE: seq_lens is at"):
+        call(torch.zeros(16, dtype=torch.int32))
+    if torch.cuda.device_count() > 1:
+        with pytest.raises(lib.KakeyaError, match="seq_lens is memory of device 1"):
+            call(integers.to("cuda:1"))
+    torch.cuda.synchronize()

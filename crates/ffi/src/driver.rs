@@ -223,7 +223,8 @@ impl Device {
                     address,
                 )
             };
-            if asked != CUresult::CUDA_SUCCESS || ordinal < 0 {
+            // Of other answers than these two nothing is concluded: a launch then says what is wrong.
+            if asked == CUresult::CUDA_ERROR_INVALID_VALUE {
                 return refuse!(
                     KAKEYA_ERR_WRONG_DEVICE,
                     "{} is at {address:#x}, which is no memory that CUDA knows; valid: memory of device {}",
@@ -231,7 +232,8 @@ impl Device {
                     self.ordinal
                 );
             }
-            if ordinal != self.ordinal && Self::only_there(address) {
+            let elsewhere = asked == CUresult::CUDA_SUCCESS && ordinal >= 0 && ordinal != self.ordinal;
+            if elsewhere && Self::only_there(address) {
                 return refuse!(
                     KAKEYA_ERR_WRONG_DEVICE,
                     "{} is memory of device {ordinal}; valid: memory of device {}",
