@@ -80,23 +80,18 @@ fn main() {
         put("device", &format!("units-{width}"), &[&[3, width][..], &[0x5a; 96]].concat());
     }
 
-    // Rows of noise into K and V; indices of 100 tokens after 60; write; attend. Zeros: the arguments that are right.
+    // Zeros are the arguments that are right. Rows of noise into K, V and Q; indices of 100 tokens after 60; write; attend.
     let fill = |part: u8| [3, part, 3, 0, 9, 0];
     let indices = [4, 20, 100, 0];
-    let write = [&[7u8, 0, 0, 0, 100][..], &[0; 24]].concat();
-    let attend = [&[9u8, 0, 0, 0, 0, 100, 0][..], &[0; 40]].concat();
-    let steps = [&[0][..], &fill(0), &fill(1), &fill(2), &indices, &write, &attend].concat();
-    put("abi", "step", &steps);
-    let block =
-        [&[0u8][..], &fill(0), &fill(1), &[5], &[0; 20], &[6], &[0; 10], &[1, 0, 5], &[2, 0]].concat();
-    put("abi", "seal-and-open", &block);
+    let write = [&[7, 0, 0, 0, 100][..], &[0; 19]].concat();
+    let attend = [&[9, 0, 0, 0, 0, 100, 0][..], &[0; 33]].concat();
+    put("abi", "step", &[&[0][..], &fill(0), &fill(1), &fill(2), &indices, &write, &attend].concat());
+    // Seal, open, describe, layout.
+    let calls = [&[5][..], &[0; 15], &[6], &[0; 8], &[1, 0, 4], &[0; 8], &[2], &[0; 5]].concat();
+    put("abi", "seal-and-open", &[&[0][..], &fill(0), &fill(1), &calls].concat());
     for recipe in 0..8 {
         for model in [0, 2, 5] {
-            put(
-                "abi",
-                &format!("codec-{recipe}-{model}"),
-                &[0, 0, recipe, model, u8::from(recipe < 2) * 3, 0],
-            );
+            put("abi", &format!("codec-{recipe}-{model}"), &[0, 0, recipe, model, 0, 0]);
         }
     }
 }

@@ -12,7 +12,7 @@ use std::ffi::{CStr, c_char, c_void};
 use std::mem::size_of;
 use std::ptr::null_mut;
 
-use ::kakeya_codec::ModelShape;
+use ::kakeya_codec::{ModelShape, Recipe};
 use kakeya::kakeya_status::{self, *};
 use kakeya::*;
 
@@ -296,15 +296,18 @@ impl Caller {
         }) {
             return;
         }
-        let artefact = match (source.below(4), &shape) {
-            (0, Some(shape)) => common::artefact(shape, 1),
-            (1, Some(shape)) => {
+        let calibrated = std::str::from_utf8(&recipe)
+            .is_ok_and(|text| Recipe::parse(text).is_ok_and(|recipe| recipe.calibrated));
+        let artefact = match (source.below(8), &shape) {
+            (0..4, Some(shape)) if calibrated => common::artefact(shape, 1),
+            (4, Some(shape)) => {
                 let mut file = common::artefact(shape, 1);
                 let at = usize::from(source.u16()) % file.len();
                 file[at] ^= source.u8();
                 file
             }
-            (2, _) => source.take(64).to_vec(),
+            (5, Some(shape)) => common::artefact(shape, 1),
+            (6, _) => source.take(64).to_vec(),
             _ => Vec::new(),
         };
         let pointer = if artefact.is_empty() { std::ptr::null() } else { artefact.as_ptr() };
