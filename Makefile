@@ -1,7 +1,7 @@
 # The two commands are `make demo` and `make test`; README.md says what they do and take. Each script sets up what is missing.
 # PYTHON chooses the interpreter of .venv (3.11, 3.12 or 3.13).
 
-.PHONY: help setup build kernels demo test test-gpu bench-gpu soak lint format clean
+.PHONY: help setup build kernels demo test test-gpu bench-gpu soak fuzz lint format clean
 
 help:
 	@echo 'make setup   .venv with vLLM and the plugin, libkakeya, a small model'
@@ -11,6 +11,7 @@ help:
 	@echo 'make kernels   the CUDA kernels, for the next build (needs no GPU; set-up does it where there is one)'
 	@echo 'make test-gpu  kernels and engines on a GPU; make bench-gpu measures them'
 	@echo 'make soak    real vLLM under random load, on the CPU or the GPU (MINUTES=10 SEED= MODEL=)'
+	@echo 'make fuzz    every fuzz target for SECONDS=15 (or TARGETS="page abi"); needs a nightly compiler and cargo-fuzz'
 	@echo 'make lint    formatters and linters only; make format mends what they can'
 	@echo 'make clean   remove what the above made, except downloads and .venv'
 
@@ -37,6 +38,9 @@ bench-gpu: setup
 
 soak: setup
 	@bash -c 'source scripts/common.sh && cd "$$ROOT" && "$$PY" scripts/soak.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(MODEL),--model $(MODEL))'
+
+fuzz:
+	@scripts/fuzz.sh $(or $(SECONDS),15) $(TARGETS)
 
 lint: setup
 	@scripts/test.sh lint

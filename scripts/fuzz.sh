@@ -42,6 +42,7 @@ if ((${FUZZ_BUILD_LIMIT:-0} > 0)); then
 else
     "${build[@]}"
 fi
+((seconds > 0)) || exit 0
 say "built in $((SECONDS - started)) s"
 
 # One thread does what is asked in the order in which it is asked: what is found is found again.
