@@ -13,7 +13,7 @@ help:
 	@echo 'make kernels   the CUDA kernels, for the next build (needs no GPU; set-up does it where there is one)'
 	@echo 'make test-gpu  kernels and engines on a GPU; make bench-gpu measures them'
 	@echo 'make soak    real vLLM under random load, on the CPU or the GPU (MINUTES=10 SEED= MODEL=)'
-	@echo 'make fuzz    fuzz targets, 20 s each; scripts/fuzz.sh for more'
+	@echo 'make fuzz    every fuzz target for SECONDS=15 (or TARGETS="page abi"); needs a nightly compiler and cargo-fuzz'
 	@echo 'make lint    formatters and linters only; make format mends what they can'
 	@echo 'make clean   remove what the above made, except downloads and .venv'
 
@@ -48,7 +48,7 @@ soak: setup
 	@bash -c 'source scripts/common.sh && cd "$$ROOT" && "$$PY" scripts/soak.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(MODEL),--model $(MODEL))'
 
 fuzz:
-	@scripts/fuzz.sh
+	@scripts/fuzz.sh $(or $(SECONDS),15) $(TARGETS)
 
 lint: setup
 	@scripts/test.sh lint

@@ -44,6 +44,16 @@ capi_tests() {
     ctest --test-dir .cache/capi --output-on-failure
 }
 
+# Kept inputs are replayed by the Rust tests; this looks for new ones where fuzzing was built before. The first build takes
+# minutes, more than the rest of it is worth here.
+fuzz() {
+    if ! compgen -G "fuzz/target/*/release/recipe" >/dev/null; then
+        echo "fuzzing skipped: not built yet; 'make fuzz' builds it"
+        return
+    fi
+    FUZZ_BUILD_LIMIT=90 scripts/fuzz.sh 5
+}
+
 part "rustfmt" cargo fmt --all --check
 part "ruff check" "$VENV/bin/ruff" check .
 part "ruff format" "$VENV/bin/ruff" format --check .
@@ -59,6 +69,7 @@ if [[ ${1:-} != lint ]]; then
     part "panic=abort, sanitizers, valgrind" scripts/sanitize.sh short
     part "pytest, tools" "$PY" -m pytest tests/python
     part "pytest, vLLM engines" "$PY" -m pytest tests/vllm
+    part "fuzz, 5 s a target" fuzz
 fi
 
 say "all parts passed in $((SECONDS - started)) s"

@@ -17,14 +17,18 @@ use safetensors::{Dtype, SafeTensors};
 
 /// Value of the metadata key `format`.
 pub const FORMAT: &str = "kakeya-calibration-1";
-/// What `format` of every version begins with; a number follows.
-const FORMATS: &str = "kakeya-calibration-";
 /// Score ranks of `sink_mass`.
 pub const RANKS: usize = 8;
 /// More than any model's artefact (126 layers x 8 heads x 128 channels take 4 MB); bounds what a hostile file costs.
 const MAX_BYTES: usize = 1 << 30;
 
-/// Statistics of a whole model, checked: shapes fit, all finite, variances positive.
+/// Largest magnitude of a mean: of values up to MAX_ABS after a transform of 256 channels. Squares and
+/// sums of larger ones would overflow f32, and a block sealed against them would not open as numbers.
+const MAX_MEAN: f32 = MAX_ABS * 16.0;
+/// Largest mean square: [`MAX_MEAN`] squared.
+const MAX_SQUARE: f32 = MAX_MEAN * MAX_MEAN;
+
+/// Statistics of a whole model, checked: shapes fit, all finite, variances not negative, none beyond what pages hold.
 #[derive(Debug, Clone)]
 pub struct Calibration {
     heads: usize,
@@ -49,7 +53,8 @@ pub struct HeadStats<'a> {
 }
 
 impl Calibration {
-    /// Reads an artefact and checks it against the model.
+    /// Reads an artefact and checks it against the model. Total: any bytes give statistics or an error, in time and memory
+    /// that grow with their number (at most 1 GiB; the header, JSON, at most 100 MB of it).
     pub fn parse(bytes: &[u8], shape: &ModelShape) -> Result<Calibration> {
         let bad = |m: String| Error::BadCalibration(m);
         if bytes.len() > MAX_BYTES {
@@ -59,13 +64,6 @@ impl Calibration {
             SafeTensors::read_metadata(bytes).map_err(|e| bad(format!("not a safetensors file: {e}")))?;
         let format =
             header.metadata().as_ref().and_then(|m| m.get("format")).map_or("(none)", |s| s.as_str());
-        if format != FORMAT && format.starts_with(FORMATS) {
-            return Err(Error::WrongVersion {
-                what: "calibration file: metadata 'format'",
-                found: format.to_string(),
-                expected: FORMAT.to_string(),
-            });
-        }
         if format != FORMAT {
             return Err(bad(format!("metadata 'format' is '{format}', expected '{FORMAT}'")));
         }
@@ -85,37 +83,36 @@ impl Calibration {
             }
             let word = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
             let values: Vec<f32> = t.data().chunks_exact(4).map(word).collect();
-            // What a page refuses no statistic of it can be; beyond, sums of f32 lose their meaning.
-            let most = if name.ends_with("_mean") { MAX_ABS } else { MAX_ABS * MAX_ABS };
-            match values.iter().position(|v| v.is_nan() || v.abs() > most) {
-                Some(i) => Err(bad(format!(
-                    "tensor '{name}' holds {} at element {i}; valid: magnitudes up to {most:e}",
-                    values[i]
-                ))),
+            match values.iter().position(|v| !v.is_finite()) {
+                Some(i) => Err(bad(format!("tensor '{name}' holds {} at element {i}", values[i]))),
                 None => Ok(values),
             }
         };
-        let positive = |name: &'static str, v: Vec<f32>| match v.iter().position(|x| *x < 0.0) {
-            Some(i) => {
-                Err(bad(format!("tensor '{name}' holds {} at element {i}; it must not be negative", v[i])))
-            }
-            None => Ok(v),
+        let within = |name: &'static str, least: f32, most: f32| {
+            let v = read(name, shape.head_dim)?;
+            let Some(i) = v.iter().position(|x| !(least..=most).contains(x)) else { return Ok(v) };
+            let valid = match v[i] < 0.0 && least == 0.0 {
+                true => "it must not be negative".to_string(),
+                false => format!("valid: {least}..={most}, what rows of a page can have"),
+            };
+            Err(bad(format!("tensor '{name}' holds {} at element {i}; {valid}", v[i])))
         };
-        let d = shape.head_dim;
-        let k_mean = read("k_mean", d)?;
+        let mean = |name| within(name, -MAX_MEAN, MAX_MEAN);
+        let square = |name| within(name, 0.0, MAX_SQUARE);
+        let k_mean = mean("k_mean")?;
         let sink_mass = match file.names().contains(&"sink_mass") {
             true => Some(read("sink_mass", RANKS)?),
             false => None,
         };
         Ok(Calibration {
             heads: shape.num_kv_heads,
-            head_dim: d,
+            head_dim: shape.head_dim,
             k_mean,
-            k_var: positive("k_var", read("k_var", d)?)?,
-            q_sq: positive("q_sq", read("q_sq", d)?)?,
-            q_mean: read("q_mean", d)?,
-            v_mean: read("v_mean", d)?,
-            v_var: positive("v_var", read("v_var", d)?)?,
+            k_var: square("k_var")?,
+            q_sq: square("q_sq")?,
+            q_mean: mean("q_mean")?,
+            v_mean: mean("v_mean")?,
+            v_var: square("v_var")?,
             sink_mass,
         })
     }

@@ -36,11 +36,16 @@ pub struct Rope {
 /// Channels of all layers and KV heads together.
 const MAX_CHANNELS: usize = 1 << 22;
 
+/// Entries of the table of block angles, one a block and pair: those of 16 million tokens at 64 pairs. They take 64 MiB and a
+/// second or two.
+const MAX_ANGLES: usize = 1 << 23;
+
 /// Head dimensions that the page layout covers.
 pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 
 impl ModelShape {
-    /// Parses and checks the JSON that the serving engine hands over.
+    /// Parses and checks the JSON that the serving engine hands over. What is accepted bounds the static tables of a codec:
+    /// 32 bytes a channel, 134 MB at most, and 64 MiB for the most angles.
     pub fn from_json(text: &str) -> Result<ModelShape> {
         let shape: ModelShape = serde_json::from_str(text).map_err(|e| Error::BadModel(e.to_string()))?;
         shape.check()?;
@@ -59,7 +64,7 @@ impl ModelShape {
         small("num_layers", self.num_layers, 4096)?;
         small("num_kv_heads", self.num_kv_heads, 1024)?;
         small("num_q_heads", self.num_q_heads, 16384)?;
-        // 2^27 tokens: far above any model; bounds the table of block angles.
+        // 2^27 tokens: far above any model.
         small("max_position", self.max_position, 1 << 27)?;
         if !HEAD_DIMS.contains(&self.head_dim) {
             return Err(Error::Unsupported(format!("head_dim {}; valid: {HEAD_DIMS:?}", self.head_dim)));
@@ -94,6 +99,12 @@ impl ModelShape {
             if let Some(f) = rope.inv_freq.iter().find(|f| !f.is_finite() || **f < 0.0 || **f > 64.0) {
                 return bad(format!("rope.inv_freq holds {f}; valid: finite, 0..=64 radians a token"));
             }
+            let angles = self.max_blocks() * rope.inv_freq.len();
+            if angles > MAX_ANGLES {
+                return bad(format!(
+                    "max_position / {BLOCK} * rope.rotary_dim / 2 is {angles}; valid: up to {MAX_ANGLES}"
+                ));
+            }
         }
         Ok(())
     }
@@ -101,5 +112,35 @@ impl ModelShape {
     /// Blocks of the longest sequence.
     pub fn max_blocks(&self) -> usize {
         self.max_position.div_ceil(BLOCK)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a model may ask for in memory is bounded before any of it is taken.
+    #[test]
+    fn tables_that_no_model_needs_are_refused() {
+        let model = |layers: usize, heads: usize, tokens: usize, pairs: usize| {
+            let freq = vec!["1"; pairs].join(",");
+            ModelShape::from_json(&format!(
+                r#"{{"num_layers":{layers},"num_kv_heads":{heads},"num_q_heads":{heads},"head_dim":128,"max_position":{tokens},
+                "rope":{{"rotary_dim":{},"interleaved":false,"inv_freq":[{freq}]}}}}"#,
+                2 * pairs
+            ))
+        };
+        // Ten million tokens, as the longest model has, and the most angles.
+        assert!(model(48, 8, 10 << 20, 64).is_ok());
+        assert!(model(48, 8, 1 << 24, 64).is_ok());
+        let refused = [
+            (model(48, 8, (1 << 24) + 1, 64), "rotary_dim / 2 is 8388672"),
+            (model(48, 8, usize::MAX, 64), "max_position"),
+            (model(4096, 1024, 4096, 64), "num_layers * num_kv_heads * head_dim"),
+        ];
+        for (result, part) in refused {
+            let e = result.unwrap_err().to_string();
+            assert!(e.contains(part), "{e}");
+        }
     }
 }

@@ -232,6 +232,43 @@ proptest! {
     }
 }
 
+/// Statistics that no rows of a page can have are refused by name; those at the very edge make pages that open as numbers.
+#[test]
+fn statistics_beyond_what_pages_hold_are_refused() {
+    let s = common::shape(64, false, 64);
+    let file = |name: &str, x: f32| {
+        let mut bytes = common::artefact(&s, 7);
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let data = tensors.tensor(name).unwrap().data();
+        let at = data.as_ptr() as usize - bytes.as_ptr() as usize;
+        let n = data.len();
+        x.to_le_bytes().into_iter().cycle().zip(&mut bytes[at..at + n]).for_each(|(x, b)| *b = x);
+        bytes
+    };
+    let recipe = Recipe::parse("kakeya-4.6x-trellis").unwrap();
+    let largest = 16_777_216.0f32;
+    let (mean, square) = (16.0 * largest, 256.0 * largest * largest);
+    for (name, edges) in [
+        ("k_mean", [-mean, mean]),
+        ("q_mean", [-mean, mean]),
+        ("v_mean", [-mean, mean]),
+        ("k_var", [0.0, square]),
+        ("q_sq", [0.0, square]),
+        ("v_var", [0.0, square]),
+    ] {
+        for edge in edges {
+            let c = Codec::new(&recipe, &s, Some(&file(name, edge))).unwrap();
+            let rows: Vec<f32> =
+                (0..BLOCK * 64).map(|i| if i % 3 == 0 { largest } else { -largest }).collect();
+            round_trip(&c, 0, 1, &rows, &rows);
+        }
+        for beyond in [2.0 * edges[1], f32::MAX] {
+            let e = Codec::new(&recipe, &s, Some(&file(name, beyond))).unwrap_err().to_string();
+            assert!(e.contains(name) && e.contains("valid: "), "{e}");
+        }
+    }
+}
+
 #[test]
 fn artefact_of_another_model_is_refused_with_both_shapes() {
     let s = common::shape(64, false, 64);
