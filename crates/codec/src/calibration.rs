@@ -17,11 +17,16 @@ use safetensors::{Dtype, SafeTensors};
 
 /// Value of the metadata key `format`.
 pub const FORMAT: &str = "kakeya-calibration-1";
+/// What `format` of every version begins with; a number follows.
+const FORMATS: &str = "kakeya-calibration-";
 /// Score ranks of `sink_mass`.
 pub const RANKS: usize = 8;
 /// More than any model's artefact (126 layers x 8 heads x 128 channels take 4 MB); bounds what a hostile file costs.
 const MAX_BYTES: usize = 1 << 30;
 
+/// Bytes of a file's header: names, shapes and metadata of seven tensors take about one thousand. The parser takes several
+/// times as much memory.
+const MAX_HEADER: u64 = 1 << 20;
 /// Largest magnitude of a mean: of values up to MAX_ABS after a transform of 256 channels. Squares and
 /// sums of larger ones would overflow f32, and a block sealed against them would not open as numbers.
 const MAX_MEAN: f32 = MAX_ABS * 16.0;
@@ -54,16 +59,29 @@ pub struct HeadStats<'a> {
 
 impl Calibration {
     /// Reads an artefact and checks it against the model. Total: any bytes give statistics or an error, in time and memory
-    /// that grow with their number (at most 1 GiB; the header, JSON, at most 100 MB of it).
+    /// that grow with their number (at most 1 GiB; the header, JSON, at most 1 MiB of it).
     pub fn parse(bytes: &[u8], shape: &ModelShape) -> Result<Calibration> {
         let bad = |m: String| Error::BadCalibration(m);
         if bytes.len() > MAX_BYTES {
             return Err(bad(format!("{} bytes; valid: up to {MAX_BYTES}", bytes.len())));
         }
+        if let Some(length) = bytes.first_chunk().map(|b| u64::from_le_bytes(*b)).filter(|n| *n > MAX_HEADER)
+        {
+            return Err(bad(format!(
+                "not a safetensors file of calibration: a header of {length} bytes; valid: up to {MAX_HEADER}"
+            )));
+        }
         let (_, header) =
             SafeTensors::read_metadata(bytes).map_err(|e| bad(format!("not a safetensors file: {e}")))?;
         let format =
             header.metadata().as_ref().and_then(|m| m.get("format")).map_or("(none)", |s| s.as_str());
+        if format != FORMAT && format.starts_with(FORMATS) {
+            return Err(Error::WrongVersion {
+                what: "calibration file: metadata 'format'",
+                found: format.to_string(),
+                expected: FORMAT.to_string(),
+            });
+        }
         if format != FORMAT {
             return Err(bad(format!("metadata 'format' is '{format}', expected '{FORMAT}'")));
         }

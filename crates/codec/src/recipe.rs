@@ -67,6 +67,9 @@ const VALID_RATIOS: std::ops::RangeInclusive<f64> = 2.7..=9.0;
 const RUNGS: [(&str, Quantizer); 3] =
     [("", Quantizer::Uniform), ("-lloyd-max", Quantizer::LloydMax), ("-trellis", Quantizer::Trellis)];
 
+/// Bytes of a recipe's text; all fields together take less than 400.
+const MAX_TEXT: usize = 1 << 16;
+
 /// Exact slots that a page header can index.
 pub const MAX_SLOTS: usize = 8;
 
@@ -109,8 +112,11 @@ impl Recipe {
         })
     }
 
-    /// A name, or a JSON object with fields to override.
+    /// A name, or a JSON object with fields to override, in up to 64 KiB.
     pub fn parse(text: &str) -> Result<Recipe> {
+        if text.len() > MAX_TEXT {
+            return Err(Error::BadRecipe(format!("a text of {} bytes; valid: up to {MAX_TEXT}", text.len())));
+        }
         let text = text.trim();
         let lookup = |name: &str| {
             Recipe::named(name).ok_or_else(|| {
@@ -230,6 +236,9 @@ mod tests {
             let e = Recipe::parse(text).unwrap_err().to_string();
             assert!(e.contains(part), "{text}: {e}");
         }
+        // Refused by its length, not quoted back.
+        let e = Recipe::parse(&"k".repeat(1 << 24)).unwrap_err().to_string();
+        assert!(e.contains("16777216 bytes") && e.len() < 100, "{e}");
         assert_eq!(Recipe::parse("{\"quantizer\":\"trellis\"}").unwrap().quantizer, Quantizer::Trellis);
     }
 }

@@ -33,6 +33,8 @@ pub struct Rope {
     pub inv_freq: Vec<f64>,
 }
 
+/// Bytes of a model's description; 128 frequencies in full take less than 4,000.
+const MAX_TEXT: usize = 1 << 16;
 /// Channels of all layers and KV heads together.
 const MAX_CHANNELS: usize = 1 << 22;
 
@@ -47,6 +49,9 @@ impl ModelShape {
     /// Parses and checks the JSON that the serving engine hands over. What is accepted bounds the static tables of a codec:
     /// 32 bytes a channel, 134 MB at most, and 64 MiB for the most angles.
     pub fn from_json(text: &str) -> Result<ModelShape> {
+        if text.len() > MAX_TEXT {
+            return Err(Error::BadModel(format!("a text of {} bytes; valid: up to {MAX_TEXT}", text.len())));
+        }
         let shape: ModelShape = serde_json::from_str(text).map_err(|e| Error::BadModel(e.to_string()))?;
         shape.check()?;
         Ok(shape)

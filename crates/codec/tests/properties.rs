@@ -269,6 +269,47 @@ fn statistics_beyond_what_pages_hold_are_refused() {
     }
 }
 
+/// Finite but absurd numbers are refused by name; the largest that are accepted still seal and open to finite values.
+#[test]
+fn artefacts_of_any_size_of_numbers_are_refused_or_open_to_finite_values() {
+    let s = common::shape(64, false, 64);
+    let recipe = Recipe::parse("kakeya-4.6x").unwrap();
+    let valid = common::artefact(&s, 7);
+    let data = 8 + u64::from_le_bytes(valid[..8].try_into().unwrap()) as usize;
+    let filled = |value: f32| {
+        let mut bytes = valid.clone();
+        for word in bytes[data..].chunks_exact_mut(4) {
+            word.copy_from_slice(&value.to_le_bytes());
+        }
+        bytes
+    };
+    for value in [3e8f32, 1e30, f32::MAX] {
+        let e = Codec::new(&recipe, &s, Some(&filled(value))).unwrap_err().to_string();
+        assert!(e.contains("'k_mean' holds") && e.contains("valid: -268"), "{e}");
+    }
+    for value in [0.0f32, 1e-45, 1e-20, 1.0, 1e6, 2.6e8] {
+        let c = Codec::new(&recipe, &s, Some(&filled(value))).unwrap();
+        for size in [0.0, 1.0, 16_777_216.0] {
+            let rows: Vec<f32> = (0..BLOCK * 64).map(|i| size * ((i * 37 % 3) as f32 - 1.0)).collect();
+            let (k, v) = round_trip(&c, 0, 3, &rows, &rows);
+            assert!(k.iter().chain(&v).all(|x| x.is_finite()), "statistics {value}, rows up to {size}");
+        }
+    }
+}
+
+/// What a header claims costs nothing.
+#[test]
+fn artefacts_with_long_headers_are_refused_before_they_are_parsed() {
+    let s = common::shape(64, false, 64);
+    let recipe = Recipe::parse("kakeya-4.6x").unwrap();
+    for length in [(1u64 << 20) + 1, u64::MAX] {
+        let mut bytes = length.to_le_bytes().to_vec();
+        bytes.resize(2 << 20, b' ');
+        let e = Codec::new(&recipe, &s, Some(&bytes)).unwrap_err().to_string();
+        assert!(e.contains(&format!("a header of {length} bytes")), "{e}");
+    }
+}
+
 #[test]
 fn artefact_of_another_model_is_refused_with_both_shapes() {
     let s = common::shape(64, false, 64);
