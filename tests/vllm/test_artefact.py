@@ -64,6 +64,9 @@ REFUSED = {
     "NaN": (artefact(spoilt("k_mean", float("nan"))), "tensor 'k_mean' holds NaN at element 133"),
     "infinity": (artefact(spoilt("v_var", float("inf"))), "tensor 'v_var' holds inf at element"),
     "negative": (artefact(spoilt("k_var", -1.0)), "it must not be negative"),
+    "absurd mean": (artefact(spoilt("v_mean", 1e30)), "valid: -268435460..=268435460"),
+    "absurd variance": (artefact(spoilt("q_sq", 1e30)), "valid: 0..=72057594000000000"),
+    "header": ((1 << 30).to_bytes(8, "little") + bytes(200), "a header of 1073741824 bytes"),
 }
 
 
@@ -89,6 +92,20 @@ def test_a_good_one_is_taken(tmp_path: Path) -> None:
     runtime.check_artefact(vllm_config(), config.Settings("kakeya-4.6x", str(path), (), "raw"))
     runtime.check_artefact(vllm_config(), config.Settings("kakeya-free-4.6x", None, (), "raw"))
     lib.load().codec("kakeya-4.6x", SHAPE, artefact(without("sink_mass")))
+
+
+def test_what_is_larger_than_any_is_not_read(tmp_path: Path) -> None:
+    """Files with holes, which take no room: reading them would take all memory."""
+    path = tmp_path / "artefact.safetensors"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    settings = config.Settings("kakeya-4.6x", str(path), (), "raw")
+    with pytest.raises(config.ConfigError, match="1099511627776 bytes; valid: up to 1073741824"):
+        runtime.check_artefact(vllm_config(), settings)
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text("{" + " " * (1 << 16) + "}")
+    with pytest.raises(config.ConfigError, match="65538 bytes; valid: up to 65536"):
+        config.read_recipe(str(recipe))
 
 
 def vllm_config() -> Any:
@@ -120,10 +137,10 @@ def some(names: tuple[str, ...], value: float) -> dict[str, torch.Tensor]:
 DEGENERATE = {
     "all dead": every(0.0),
     "all tiny": every(1e-38),
-    "all huge": every(1e30),
+    "all huge": every(2.0**56),
     "dead channels": some(("k_var", "v_var"), 0.0),
     "queries look nowhere": some(("q_sq",), 0.0),
-    "queries look at few": some(("q_sq",), 1e30),
+    "queries look at few": some(("q_sq",), 2.0**56),
     "one channel has everything": some(("k_var", "v_var"), 1e12),
     "no mean query": statistics() | {"q_mean": torch.zeros(LAYERS, HEADS, DIM)},
     "far means": statistics() | {"k_mean": torch.full((LAYERS, HEADS, DIM), 1e5)},

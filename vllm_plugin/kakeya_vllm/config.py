@@ -30,6 +30,10 @@ DEFAULT_RECIPE = "kakeya-4.6x"
 AUTO = "auto"
 # Of a calibration artefact: `format` in its metadata. The codec asks for the same.
 ARTEFACT_FORMAT = "kakeya-calibration-1"
+# Bounds of what is read from a file that may come from anyone; the library has the same ones.
+MAX_HEADER = 1 << 20  # bytes of an artefact's header; about 1,000 are needed
+MAX_ARTEFACT = 1 << 30  # bytes of an artefact; the largest models need 4 MB
+MAX_RECIPE = 1 << 16  # bytes of a recipe file
 
 # name -> what it is, in the order of docs/vllm.md.
 VARIABLES = {
@@ -195,6 +199,8 @@ def read_recipe(value: str, source: str = "KAKEYA_RECIPE") -> str:
         path = Path(value).expanduser()
         if path.exists() and not path.is_file():  # reading a device or a pipe may never end
             raise OSError("it is not a regular file")
+        if (size := path.stat().st_size) > MAX_RECIPE:
+            raise OSError(f"it has {size} bytes; valid: up to {MAX_RECIPE}")
         return path.read_text("utf-8")
     except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot read the recipe file {value!r}: {error}") from error
@@ -500,14 +506,22 @@ def _number(value: Any) -> Any:
     return value
 
 
+def read_artefact(path: str | Path) -> bytes:
+    """The bytes of an artefact; ConfigError for a file that is larger than any."""
+    path = Path(path)
+    if (size := path.stat().st_size) > MAX_ARTEFACT:
+        raise ConfigError(f"{path} cannot be used: {size} bytes; valid: up to {MAX_ARTEFACT}")
+    return path.read_bytes()
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The ``__metadata__`` strings of a safetensors file; reads only its header."""
     path = Path(path)
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            if not 2 <= size <= 100_000_000:  # the format's own limit for a header
-                raise ValueError(f"a header of {size} bytes")
+            if not 2 <= size <= MAX_HEADER:
+                raise ValueError(f"a header of {size} bytes; valid: 2 to {MAX_HEADER}")
             header = json.loads(file.read(size))
             metadata = header.get("__metadata__") or {}
             if not isinstance(metadata, dict):

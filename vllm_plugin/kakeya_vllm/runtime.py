@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from kakeya_vllm import banner, config, lib, rope, support
@@ -136,7 +135,7 @@ def make_codec(model: Any, layers: list[str], vllm_config: Any, settings: Settin
         return PageCodec(
             settings.seed, _seed_shape(vllm_config), found, _seed_artefact(vllm_config, settings)
         )
-    artefact = Path(settings.calibration).read_bytes() if settings.calibration else None
+    artefact = config.read_artefact(settings.calibration) if settings.calibration else None
     with _naming(settings):
         return codec_of(model, layers, vllm_config, settings.recipe, artefact)
 
@@ -160,7 +159,7 @@ def check_artefact(vllm_config: Any, settings: Settings) -> None:
         _seed_artefact(vllm_config, settings)
     elif settings.calibration:
         with _naming(settings):
-            artefact = Path(settings.calibration).read_bytes()
+            artefact = config.read_artefact(settings.calibration)
             lib.load().codec(settings.recipe, _model_shape(vllm_config), artefact)
 
 
