@@ -3,12 +3,20 @@
 # Prints a line a target: executions, coverage, CPU time. New inputs go to fuzz/work (not committed), a finding to
 # fuzz/artifacts/TARGET, and the command then fails. docs/testing.md says what to do with one.
 #
+# scripts/fuzz.sh pack FILE.tar.gz: the executables (built now, without symbols), kept inputs and fuzz/run.sh, for a machine of
+# many cores without a compiler: `tar xzf FILE.tar.gz && PROCESSES=$(nproc) kakeya-fuzz/run.sh 3600`. The long run is of these.
+#
 # FUZZ_BUILD_LIMIT: seconds after which an unfinished build is given up and the run skipped (0, the default: none).
 # FUZZ_REQUIRED=1 makes it an error that something is missing. KAKEYA_SIMD chooses the instruction set, as everywhere.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 cd "$ROOT"
 
+archive=
+if [[ ${1:-} == pack ]]; then
+    archive=$(realpath -m "${2:?usage: scripts/fuzz.sh pack FILE.tar.gz}")
+    set -- 0
+fi
 seconds=${1:-15}
 [[ $seconds =~ ^[0-9]+$ ]] || die "'$seconds' is no number of seconds; usage: scripts/fuzz.sh [SECONDS] [TARGET...]"
 shift || true
@@ -42,6 +50,19 @@ if ((${FUZZ_BUILD_LIMIT:-0} > 0)); then
 else
     "${build[@]}"
 fi
+if [[ -n $archive ]]; then
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    mkdir -p "$folder/kakeya-fuzz/bin"
+    for target in "${targets[@]}"; do
+        # A finding is repeated here, where names and lines are: an executable is several times as large with them.
+        strip -o "$folder/kakeya-fuzz/bin/$target" "$binaries/$target"
+    done
+    cp -r fuzz/corpus fuzz/crashes fuzz/run.sh "$folder/kakeya-fuzz/"
+    tar -C "$folder" -czf "$archive" kakeya-fuzz
+    say "packed"
+    ls -l "$folder/kakeya-fuzz/bin" "$archive"
+fi
 ((seconds > 0)) || exit 0
 say "built in $((SECONDS - started)) s"
 
@@ -56,7 +77,7 @@ for target in "${targets[@]}"; do
     code=0
     TIMEFORMAT='%U %S'
     { time "$binaries/$target" "${inputs[@]}" -artifact_prefix="$artifacts/" -max_total_time="$seconds" \
-        -rss_limit_mb=2048 -timeout=10 -print_final_stats=1 -max_len=32768 >"$log" 2>&1 || code=$?; } 2>"$log.time" || true
+        -rss_limit_mb=2048 -malloc_limit_mb=1024 -timeout=10 -print_final_stats=1 -max_len=32768 >"$log" 2>&1 || code=$?; } 2>"$log.time" || true
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log" | tail -1)
     coverage=$(grep -o 'cov: [0-9]* ft: [0-9]*' "$log" | tail -1 || true)
     cpu=$(awk '{ printf "%.1f", $1 + $2 }' "$log.time")
