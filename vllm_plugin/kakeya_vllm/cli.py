@@ -1,4 +1,4 @@
-"""The command `kakeya`: calibrate a model, judge a recipe."""
+"""The command `kakeya`: look at a machine, a model, a recipe; calibrate and judge."""
 
 from __future__ import annotations
 
@@ -182,6 +182,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     e.add_argument("--json", help="also write the figures to this file")
     e.add_argument("--html", help="also write a report with plots to this file")
+
+    d = commands.add_parser("doctor", help="say whether KAKEYA runs here, and with a model")
+    d.add_argument("model", nargs="?", help="directory or name of a model, as vLLM takes it")
+    d.add_argument("--max-model-len", type=positive, help="as of vllm serve")
+    d.add_argument("--max-num-seqs", type=positive, help="as of vllm serve")
+    d.add_argument("--tensor-parallel-size", type=positive, help="as of vllm serve")
+    d.add_argument("--trust-remote-code", action="store_true", help="as of vllm serve")
+    d.add_argument("--json", help="also write the findings to this file")
+
+    i = commands.add_parser("inspect", help="draw a recipe's page, or what an artefact decides")
+    i.add_argument("what", help="recipe (preset or file), or path of a calibration artefact")
+    i.add_argument("--recipe", help="with an artefact: whose bits (default: the default recipe)")
+    i.add_argument(
+        "--head-dim",
+        type=int,
+        choices=(64, 96, 128, 256),
+        default=128,
+        help="with a recipe: of the page that is drawn (default %(default)s)",
+    )
+    i.add_argument("--json", help="also write it to this file")
+    i.add_argument("--html", help="with an artefact: bits by layer and head as a picture")
     return parser
 
 
@@ -224,6 +245,14 @@ def main(argv: list[str] | None = None) -> int:
     prepare_environment()
     if args.command == "calibrate":
         print(f"kakeya: wrote {calibrate_command(args)}")
+    elif args.command == "doctor":
+        from kakeya_vllm.doctor import doctor_command
+
+        return doctor_command(args)
+    elif args.command == "inspect":
+        from kakeya_vllm.inspection import inspect_command
+
+        inspect_command(args)
     else:
         from kakeya_vllm.evaluation.command import evaluate_command
 
