@@ -138,9 +138,24 @@ class Engine:
 
     def close(self) -> None:
         """End of use. The engine object stays alive until the process ends: when an in-process
-        engine is destroyed, vLLM takes down process groups that other engines share."""
+        engine is destroyed, vLLM takes down process groups that other engines share. Its caches do
+        not: dozens of engines would fill the machine."""
+        with contextlib.suppress(Exception):  # an engine that a test broke may not answer
+            self.worker(_drop_caches)
         _closed.append(self.llm)
         del self.llm
+
+
+def _drop_caches(worker: Any) -> None:
+    """Let go of a worker's KV cache and open blocks."""
+    import torch
+
+    context = worker.vllm_config.compilation_config.static_forward_context
+    for layer in context.values():
+        for owner, name in ((layer, "kv_cache"), (getattr(layer, "impl", None), "open_pool")):
+            if hasattr(owner, name):
+                setattr(owner, name, torch.empty(0))
+    worker.model_runner.kv_caches.clear()
 
 
 def to_run(output: Any) -> Run:
