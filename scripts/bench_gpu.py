@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_common as common
+from kakeya_vllm.bench import STEP_TOKENS, Steps, growth
 
 QWEN3_4B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -57,18 +57,8 @@ CELLS = "1x8192,64x8192,256x8192"
 CACHES = "bf16,fp8,kakeya-4.6x,kakeya-4.6x-trellis"
 FIRST_TOKEN = "8192,32768"
 PREFILL = (8, 8192)  # prompts, tokens of each
-STEP_TOKENS = 8192
 # A ratio of prefill below this loses: within 5 % of bf16 is as good.
 PREFILL_BOUND = 0.95
-
-
-def growth(batch: int, context: int, decoded: int) -> int:
-    """Tokens that the first sequence of a batch decodes until all have decoded ``decoded``.
-
-    While the rest is prefilled, those that are through decode a token a step, out of the same
-    budget of tokens.
-    """
-    return math.ceil(batch * context / max(1, STEP_TOKENS - batch)) + decoded + 16
 
 
 def engine(model: str, cache: str, arguments: argparse.Namespace) -> Any:
@@ -114,76 +104,6 @@ def artefact(model: str, recipe: str) -> str:
     shape = (QWEN3_4B[name] for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
     path.write_bytes(common.Statistics(*shape).artefact(model_fingerprint(QWEN3_4B)))
     return str(path)
-
-
-def prompt(seed: int, length: int) -> dict[str, list[int]]:
-    """Any tokens; no two seeds share a prefix."""
-    return {"prompt_token_ids": [(7919 * seed + 13 * j + j // 97) % 150000 for j in range(length)]}
-
-
-class Steps:
-    """Requests through an engine, one step at a time."""
-
-    def __init__(self, llm: Any) -> None:
-        self.engine = llm.llm_engine
-        self.seed = 0
-
-    def prompts(self, count: int, length: int) -> dict[str, dict[str, list[int]]]:
-        """Prompts that no earlier request had, by a request's name."""
-        first, self.seed = self.seed, self.seed + count
-        return {f"request-{seed}": prompt(seed, length) for seed in range(first, self.seed)}
-
-    def add(self, prompts: dict[str, dict[str, list[int]]], max_tokens: int) -> None:
-        from vllm import SamplingParams
-
-        parameters = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
-        )
-        for name, tokens in prompts.items():
-            self.engine.add_request(name, tokens, parameters)
-
-    def step(self, counts: dict[str, int]) -> None:
-        """One step; ``counts`` follows the tokens of every request."""
-        for output in self.engine.step():
-            counts[output.request_id] = len(output.outputs[0].token_ids)
-
-    def finish(self, counts: dict[str, int]) -> None:
-        while self.engine.has_unfinished_requests():
-            self.step(counts)
-
-    def prefill_s(self, count: int, length: int) -> float:
-        """Seconds until each of ``count`` prompts has its first and only token."""
-        prompts = self.prompts(count, length)
-        start = time.perf_counter()
-        self.add(prompts, 1)
-        self.finish({})
-        return time.perf_counter() - start
-
-    def decode(self, batch: int, context: int, steps: int) -> dict[str, float]:
-        """Prefill a batch, then decode until ``steps`` steps gave every sequence a token."""
-        prompts = self.prompts(batch, context)
-        began = time.perf_counter()
-        self.add(prompts, growth(batch, context, steps))
-        counts: dict[str, int] = {}
-        while len(counts) < batch:
-            self.step(counts)
-        last = prefilled = time.perf_counter()
-        times = []
-        while len(times) < steps and self.engine.has_unfinished_requests():
-            before = sum(counts.values())
-            self.step(counts)
-            new, now = sum(counts.values()) - before, time.perf_counter()
-            if new == batch:
-                times.append(1e3 * (now - last))
-            if new:  # an engine that schedules ahead may return without tokens
-                last = now
-        if len(times) < steps:
-            raise RuntimeError(f"only {len(times)} of {steps} steps decoded all {batch} sequences")
-        self.engine.abort_request(list(prompts))
-        self.finish(counts)
-        # The first steps may still hold what prefill left to do.
-        median = statistics.median(times[len(times) // 4 :])
-        return {"ms_a_token": round(median, 3), "prefill_s": round(prefilled - began, 2)}
 
 
 def child(arguments: argparse.Namespace) -> None:

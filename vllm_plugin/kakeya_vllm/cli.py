@@ -1,10 +1,12 @@
-"""The command `kakeya`: calibrate a model, judge a recipe."""
+"""The command `kakeya`: look at a machine, a model, a recipe; calibrate and judge."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from kakeya_vllm import __version__
 from kakeya_vllm.engine import CHUNK, prepare_environment
@@ -53,6 +55,17 @@ def shares(text: str) -> list[float]:
         found = [-1.0]
     if not all(0 <= share <= 1 for share in found):
         raise argparse.ArgumentTypeError(f"{text} is not a list of shares such as 0.1,0.5,0.9")
+    return found
+
+
+def options(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text} is no JSON object such as {{"dtype": "float16"}}')
     return found
 
 
@@ -182,6 +195,57 @@ def build_parser() -> argparse.ArgumentParser:
     )
     e.add_argument("--json", help="also write the figures to this file")
     e.add_argument("--html", help="also write a report with plots to this file")
+
+    d = commands.add_parser("doctor", help="say whether KAKEYA runs here, and with a model")
+    d.add_argument("model", nargs="?", help="directory or name of a model, as vLLM takes it")
+    d.add_argument("--max-model-len", type=positive, help="as of vllm serve")
+    d.add_argument("--max-num-seqs", type=positive, help="as of vllm serve")
+    d.add_argument("--tensor-parallel-size", type=positive, help="as of vllm serve")
+    d.add_argument("--trust-remote-code", action="store_true", help="as of vllm serve")
+    d.add_argument("--json", help="also write the findings to this file")
+
+    b = commands.add_parser("bench", help="measure caches side by side on this machine and model")
+    b.add_argument("model", help="directory or name of the model, as vLLM takes it")
+    b.add_argument(
+        "--caches",
+        type=lambda text: text.split(","),
+        help="bf16, vLLM's own formats (fp8, int4_per_token_head), recipes, or kakeya for what the "
+        "plugin chooses, with commas; ratios are against the first (default bf16, on a GPU fp8, "
+        "kakeya)",
+    )
+    b.add_argument(
+        "--cells",
+        help="batch x context, with commas (default 1x8192,16x8192,64x8192 on a GPU, 1x512,4x512 "
+        "without)",
+    )
+    b.add_argument(
+        "--steps", type=positive, default=32, help="steps of decoding (default %(default)s)"
+    )
+    b.add_argument(
+        "--repeats", type=positive, default=3, help="prompts a first token (default %(default)s)"
+    )
+    b.add_argument("--dummy", action="store_true", help="random weights: only shapes are needed")
+    b.add_argument(
+        "--options", type=options, default={}, help="more arguments of vllm.LLM, as a JSON object"
+    )
+    b.add_argument(
+        "--timeout", type=positive, default=1800, help="seconds an engine may take (%(default)s)"
+    )
+    b.add_argument("--json", help="also write the measurements to this file")
+    b.add_argument("--html", help="also write a report with plots to this file")
+
+    i = commands.add_parser("inspect", help="draw a recipe's page, or what an artefact decides")
+    i.add_argument("what", help="recipe (preset or file), or path of a calibration artefact")
+    i.add_argument("--recipe", help="with an artefact: whose bits (default: the default recipe)")
+    i.add_argument(
+        "--head-dim",
+        type=int,
+        choices=(64, 96, 128, 256),
+        default=128,
+        help="with a recipe: of the page that is drawn (default %(default)s)",
+    )
+    i.add_argument("--json", help="also write it to this file")
+    i.add_argument("--html", help="with an artefact: bits by layer and head as a picture")
     return parser
 
 
@@ -224,6 +288,18 @@ def main(argv: list[str] | None = None) -> int:
     prepare_environment()
     if args.command == "calibrate":
         print(f"kakeya: wrote {calibrate_command(args)}")
+    elif args.command == "doctor":
+        from kakeya_vllm.doctor import doctor_command
+
+        return doctor_command(args)
+    elif args.command == "bench":
+        from kakeya_vllm.bench import bench_command
+
+        return bench_command(args)
+    elif args.command == "inspect":
+        from kakeya_vllm.inspection import inspect_command
+
+        inspect_command(args)
     else:
         from kakeya_vllm.evaluation.command import evaluate_command
 

@@ -33,12 +33,16 @@ fn driver<T>(what: &str, outcome: Result<T, DriverError>) -> Outcome<T> {
     match outcome {
         Ok(value) => Ok(value),
         Err(DriverError(
-            CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
-            | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
-            | CUresult::CUDA_ERROR_JIT_COMPILER_NOT_FOUND,
+            CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU | CUresult::CUDA_ERROR_JIT_COMPILER_NOT_FOUND,
         )) => {
             refuse!(KAKEYA_ERR_NO_KERNELS, "{what}: this GPU is none of those the kernels are for ({ARCHS})")
         }
+        // Kernels as PTX are compiled by the driver, which knows the PTX of its own time and before.
+        Err(DriverError(CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION)) => refuse!(
+            KAKEYA_ERR_NO_KERNELS,
+            "{what}: the CUDA driver is too old to compile the kernels for this GPU, which is none of those they were \
+             compiled for ({ARCHS}); a newer driver will do"
+        ),
         Err(error) => refuse!(KAKEYA_ERR_CUDA, "{what}: {error:?}"),
     }
 }
