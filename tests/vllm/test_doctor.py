@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,16 @@ import pytest
 from kakeya_vllm import cli, doctor, inspection, lib
 
 GOLDEN = engines.ROOT / "crates" / "codec" / "tests" / "golden" / "calibration-1.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """The command sets variables for the engines that it starts; other tests' engines must not
+    meet them."""
+    saved = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
 
 
 @pytest.fixture(scope="module")

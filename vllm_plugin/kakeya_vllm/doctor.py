@@ -398,6 +398,8 @@ def report(title: str, findings: list[Finding]) -> str:
 
 def doctor_command(args: Any) -> int:
     """`kakeya doctor`: 0 if KAKEYA would run, 1 if something keeps it from running."""
+    # Before vLLM is imported: its own log would drown the findings.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     here = machine()
     print(report("This machine", here))
     findings, figures = [], {}
