@@ -188,7 +188,10 @@ def model(name: str, options: dict[str, Any]) -> tuple[list[Finding], dict[str, 
         findings.append(
             Finding("calibration", "none yet; made at the first start", "ok", "takes minutes")
         )
-    figures = _figures(vllm_config, settings)
+    try:
+        figures = _figures(vllm_config, settings)
+    except ValueError as error:  # a variable of vLLM's that is no number
+        return [*findings, Finding("refused", _reason(error), "problem")], {}
     return findings + _model_findings(figures, settings), figures
 
 
