@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kakeya_vllm import calibrate, config, lib
+from kakeya_vllm import bench, calibrate, config, lib
 from safetensors.torch import save
 
 
@@ -100,11 +100,8 @@ def ratio(value: float, least: float = 1.0) -> str:
 
 
 def cells(text: str) -> list[tuple[int, int]]:
-    """``64x8192,1x8192``: batch x context of each."""
-    found = []
-    for cell in text.split(","):
-        batch, _, context = cell.strip().partition("x")
-        if not (batch.isdigit() and context.isdigit() and int(batch) and int(context)):
-            raise SystemExit(f"{cell!r} is not a cell; valid: batch x context, such as 64x8192")
-        found.append((int(batch), int(context)))
-    return found
+    """``64x8192,1x8192``: batch x context of each; SystemExit names what is none."""
+    try:
+        return bench.cells(text)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

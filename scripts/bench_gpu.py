@@ -22,16 +22,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import bench_common as common
-from kakeya_vllm.bench import STEP_TOKENS, Steps, growth
+from kakeya_vllm.bench import PREFILL_BOUND, RESULT, STEP_TOKENS, Steps, growth, results_of
 
 QWEN3_4B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -57,8 +55,6 @@ CELLS = "1x8192,64x8192,256x8192"
 CACHES = "bf16,fp8,kakeya-4.6x,kakeya-4.6x-trellis"
 FIRST_TOKEN = "8192,32768"
 PREFILL = (8, 8192)  # prompts, tokens of each
-# A ratio of prefill below this loses: within 5 % of bf16 is as good.
-PREFILL_BOUND = 0.95
 
 
 def engine(model: str, cache: str, arguments: argparse.Namespace) -> Any:
@@ -110,7 +106,7 @@ def child(arguments: argparse.Namespace) -> None:
     """Measure one cache; every result is a line, so that those before a failure count."""
 
     def result(name: str, values: dict[str, Any]) -> None:
-        print("RESULT", json.dumps({"name": name, **values}), flush=True)
+        print(RESULT + json.dumps({"name": name, **values}), flush=True)
 
     began = time.perf_counter()
     llm = engine(arguments.model, arguments.child, arguments)
@@ -189,24 +185,16 @@ def run(directory: str, cache: str, arguments: argparse.Namespace) -> dict[str, 
         "VLLM_NO_USAGE_STATS": "1",
     }
     found: dict[str, Any] = {}
-    tail: list[str] = []
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        # A timer, because a hung engine prints nothing.
-        timer = threading.Timer(arguments.timeout, process.kill)
-        timer.start()
-        for line in process.stdout:
-            tail = [*tail[-40:], line]
-            if line.startswith("RESULT "):
-                result = json.loads(line.removeprefix("RESULT "))
-                found[result.pop("name")] = result
-                print(f"{cache:24} {line.strip()}", flush=True)
-        code = process.wait()
-        timer.cancel()
-    if code:
-        found["failed"] = f"exit {code}" if code > 0 else f"killed (limit {arguments.timeout:g} s)"
-        print(f"{cache}: {found['failed']}\n{''.join(tail)}", flush=True)
+
+    def take(text: str) -> None:
+        result = json.loads(text)
+        found[result.pop("name")] = result
+        print(f"{cache:24} {text.strip()}", flush=True)
+
+    failed = results_of(command, environment, arguments.timeout, take)
+    if failed is not None:
+        found["failed"] = failed["why"]
+        print(f"{cache}: {failed['why']}\n{failed['output']}", flush=True)
     return found
 
 

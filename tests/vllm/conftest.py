@@ -6,6 +6,7 @@ The variables are set when the module is imported, before anything imports vLLM.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_artefacts(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Look for calibration artefacts in an empty directory, not in the developer's cache."""
     os.environ["KAKEYA_CACHE"] = str(tmp_path_factory.mktemp("kakeya-cache"))
+
+
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """For tests that run the command in this process: it sets variables for the engines that it
+    starts, which other tests' engines must not meet."""
+    saved = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
 
 
 @pytest.fixture(scope="session")

@@ -164,7 +164,8 @@ class Engine:
         )
         out = torch.full_like(q, float("nan")).to(self.device)
         q_, k_, v_ = (x.to(self.device) for x in (q, k, v))
-        self.layer.forward(metadata, q_, k_, v_, self.pages, out)
+        self.layer.write(metadata, k_, v_, self.pages)
+        self.layer.read(metadata, q_, k_, v_, self.pages, out)
         self.worker.live = False
         out = out.cpu()
         self.outputs = {}

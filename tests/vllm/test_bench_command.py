@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,7 @@ import engines
 import pytest
 from kakeya_vllm import bench, cli
 
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """The command sets variables for the engines that it starts; other tests' engines must not
-    meet them."""
-    saved = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
-
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 RESULTS: dict[str, Any] = {
     "bf16": {

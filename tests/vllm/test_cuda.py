@@ -103,7 +103,8 @@ def test_a_dummy_run_seals_only_the_null_block() -> None:
     assert metadata.plan[:8].tolist() == [1, -7, -7, -7, 0, 1, -1, engine.worker.scratch]
     row = engine.draw(1, HEADS, DIM)
     out = engine.draw(1, HEADS * GROUP, DIM)
-    engine.layer.forward(metadata, out.clone(), row, row, engine.pages, out)
+    engine.layer.write(metadata, row, row, engine.pages)
+    engine.layer.read(metadata, out.clone(), row, row, engine.pages, out)
     assert torch.equal(engine.pages[1:], before[1:])
 
 

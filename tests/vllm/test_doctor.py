@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,7 @@ from kakeya_vllm import cli, doctor, inspection, lib
 GOLDEN = engines.ROOT / "crates" / "codec" / "tests" / "golden" / "calibration-1.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """The command sets variables for the engines that it starts; other tests' engines must not
-    meet them."""
-    saved = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
+pytestmark = pytest.mark.usefixtures("own_environment")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +52,8 @@ def test_a_machine_and_a_model(model: Path, tmp_path: Path) -> None:
     assert found["problems"] == 0
     assert "KAKEYA would run: vllm serve" in done.stdout
     assert "kakeya-free-4.6x" in done.stdout, "without an artefact"
+    assert "! note" in done.stdout
+    assert "no calibration artefact for this model" in done.stdout
 
 
 def test_a_refusal_is_named_with_the_way_round(model: Path) -> None:
@@ -98,6 +91,15 @@ def test_auto_does_not_calibrate(model: Path, tmp_path: Path) -> None:
     done = run("doctor", str(model), KAKEYA_CALIBRATION="auto", KAKEYA_CACHE=cache)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "made at the first start" in done.stdout
+    assert "kakeya-4.6x, " in done.stdout
+    assert "no calibration artefact" not in done.stdout
+    named = {"KAKEYA_RECIPE": "kakeya-5.3x", "KAKEYA_CALIBRATION": "auto", "KAKEYA_CACHE": cache}
+    done = run("doctor", str(model), **named)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kakeya-5.3x, " in done.stdout
+    done = run("doctor", str(model), **(named | {"KAKEYA_RECIPE": "kakeya-99x"}))
+    assert done.returncode == 1
+    assert "no recipe is named 'kakeya-99x'" in done.stdout
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

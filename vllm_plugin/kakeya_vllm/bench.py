@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ KINDS = {
     "ms_a_token": ("a token, ms", False, 1.0),
     "tokens_a_s": ("decoding, tokens/s", True, 1.0),
 }
-_RESULT = "RESULT "
+# Begins a line of a process that measures; JSON follows.
+RESULT = "RESULT "
 
 
 def cells(text: str) -> list[tuple[int, int]]:
@@ -177,7 +179,7 @@ def measure(spec: dict[str, Any]) -> None:
     count."""
 
     def result(name: str, **values: Any) -> None:
-        print(_RESULT + json.dumps({"name": name, **values}), flush=True)
+        print(RESULT + json.dumps({"name": name, **values}), flush=True)
 
     llm = engine(spec)
     config = llm.llm_engine.vllm_config
@@ -204,12 +206,11 @@ def measure(spec: dict[str, Any]) -> None:
         )
 
 
-def run(spec: dict[str, Any], timeout: float, advance: Any) -> dict[str, Any]:
-    """One cache in a process of its own, since engines do not give all memory back:
-    {cell: {key: value}}, with the capacity under "". ``advance()`` after each measurement."""
-    command = [sys.executable, "-m", "kakeya_vllm.bench", json.dumps(spec)]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    found: dict[str, Any] = {}
+def results_of(
+    command: list[str], environment: dict[str, str], timeout: float, take: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Run an engine in a process of its own, since engines do not give all memory back, and hand
+    every line of a result to ``take`` as JSON. None, or why it failed and its last lines."""
     tail: list[str] = []
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -218,18 +219,32 @@ def run(spec: dict[str, Any], timeout: float, advance: Any) -> dict[str, Any]:
         timer = threading.Timer(timeout, process.kill)
         timer.start()
         for line in process.stdout or ():
-            if line.startswith(_RESULT):
-                result = json.loads(line.removeprefix(_RESULT))
-                found.setdefault(result.pop("name"), {}).update(result)
-                advance()
+            if line.startswith(RESULT):
+                take(line.removeprefix(RESULT))
             else:
-                tail = [*tail[-15:], line]
+                tail = [*tail[-40:], line]
         code = process.wait()
         timer.cancel()
-    if code:
-        why = f"exit {code}" if code > 0 else f"killed after {timeout:g} s or by a signal"
-        found["failed"] = {"why": why, "output": "".join(tail)}
-    return found
+    if not code:
+        return None
+    why = f"exit {code}" if code > 0 else f"killed after {timeout:g} s or by a signal"
+    return {"why": why, "output": "".join(tail)}
+
+
+def run(spec: dict[str, Any], timeout: float, advance: Any) -> dict[str, Any]:
+    """One cache: {cell: {key: value}}, with the capacity under "" and a failure under "failed".
+    ``advance()`` after each measurement."""
+    found: dict[str, Any] = {}
+
+    def take(text: str) -> None:
+        result = json.loads(text)
+        found.setdefault(result.pop("name"), {}).update(result)
+        advance()
+
+    command = [sys.executable, "-m", "kakeya_vllm.bench", json.dumps(spec)]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    failed = results_of(command, environment, timeout, take)
+    return found if failed is None else found | {"failed": failed}
 
 
 # ---- results --------------------------------------------------------------------------------
@@ -348,7 +363,8 @@ def bench_command(args: Any) -> int:
     """`kakeya bench`: 0, or 1 if an engine failed."""
     from tqdm import tqdm
 
-    from kakeya_vllm.evaluation.command import versions
+    from kakeya_vllm.evaluation.command import versions, write_json
+    from kakeya_vllm.progress import write_atomically
 
     try:
         wanted = cells(args.cells) if args.cells else default_cells()
@@ -377,9 +393,9 @@ def bench_command(args: Any) -> int:
             result["caches"][cache] = run(spec, args.timeout, bar.update)
     print(report(result))
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_json(args.json, result)
     if args.html:
-        Path(args.html).write_text(page(result), "utf-8")
+        write_atomically(Path(args.html), page(result).encode("utf-8"))
     failed = {name: f["failed"] for name, f in result["caches"].items() if "failed" in f}
     for name, why in failed.items():
         print(f"\n{name}: the engine's last lines\n{why['output']}", file=sys.stderr)

@@ -357,25 +357,6 @@ class CudaLayer:
         self._open.k_token_stride, self._open.k_head_stride = keys.stride()[:2]
         self._open.v_token_stride, self._open.v_head_stride = values.stride()[:2]
 
-    def forward(
-        self,
-        step: KakeyaCudaMetadata,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """query, output [rows, heads, D]; key, value [rows, KV heads, D]; kv_cache [B, H, 1, P].
-
-        Rows of padding are left as they are.
-        """
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if tensor.stride(-1) != 1:
-                raise ValueError(f"{name} must be contiguous in its last dimension")
-        self.write(step, key, value, kv_cache)
-        self.read(step, query, key, value, kv_cache, output)
-
     def read(
         self,
         step: KakeyaCudaMetadata,
@@ -385,7 +366,11 @@ class CudaLayer:
         kv_cache: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        """Attention of all sequences of the step, after :meth:`write`."""
+        """Attention of all sequences of the step, after :meth:`write`.
+
+        query, output [rows, heads, D]; key, value [rows, KV heads, D]; kv_cache [B, H, 1, P]; all
+        contiguous in D. Rows of padding are left as they are.
+        """
         if step.decodes:
             self.attend(step, query, kv_cache, output)
         for prefill in step.prefills:

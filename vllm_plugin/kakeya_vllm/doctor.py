@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,10 @@ def _devices() -> list[Finding]:
     driver = _driver()
     if driver:
         found.append(Finding("CUDA driver", driver))
-    archs = lib.load().cuda_archs
+    try:
+        archs = lib.load().cuda_archs
+    except (ImportError, OSError):  # a finding of its own
+        archs = ""
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
         free, total = torch.cuda.mem_get_info(i)
@@ -175,6 +177,8 @@ def model(name: str, options: dict[str, Any]) -> tuple[list[Finding], dict[str, 
             arguments = EngineArgs(model=name, attention_backend=register.NAME, **options)
             # As `vllm serve` would: its defaults for batches are not those of the LLM class.
             vllm_config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+            # Once more from the variables: additional_config no longer says what was assumed.
+            settings = config.resolve({}, vllm_config.model_config)
         except support.UnsupportedFeature as error:
             for reason in error.features:
                 findings.append(Finding("refused", reason, "problem", advice_for(reason)))
@@ -183,15 +187,21 @@ def model(name: str, options: dict[str, Any]) -> tuple[list[Finding], dict[str, 
             # Whatever vLLM or a check says is the answer: an unknown model, a bad setting.
             reason = _reason(error)
             return [Finding("refused", reason, "problem", advice_for(reason))], {}
-    settings = config.resolve(vllm_config.additional_config, vllm_config.model_config)
     if wants_auto and settings.calibration is None:
         findings.append(
             Finding("calibration", "none yet; made at the first start", "ok", "takes minutes")
         )
+        # What will run then, and without the warning that it is missing.
+        recipe = config.read_recipe(os.environ.get("KAKEYA_RECIPE") or config.DEFAULT_RECIPE)
+        settings = replace(settings, recipe=recipe, warnings=())
     try:
         figures = _figures(vllm_config, settings)
-    except ValueError as error:  # a variable of vLLM's that is no number
-        return [*findings, Finding("refused", _reason(error), "problem")], {}
+    except (
+        ValueError,
+        lib.KakeyaError,
+    ) as error:  # a variable of vLLM's that is no number; a recipe
+        reason = _reason(error)
+        return [*findings, Finding("refused", reason, "problem", advice_for(reason))], {}
     return findings + _model_findings(figures, settings), figures
 
 
@@ -206,14 +216,14 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _without_auto(active: bool) -> Iterator[None]:
-    """Looking at a model must not calibrate it."""
-    if active:
-        del os.environ["KAKEYA_CALIBRATION"]
+    """Looking at a model must not calibrate it. Without the artefact that would be made, the recipe
+    that wants it would be refused, so neither is named meanwhile."""
+    names = ("KAKEYA_CALIBRATION", "KAKEYA_RECIPE") if active else ()
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        if active:
-            os.environ["KAKEYA_CALIBRATION"] = config.AUTO
+        os.environ.update(saved)
 
 
 def _figures(vllm_config: Any, settings: config.Settings) -> dict[str, Any]:
@@ -436,5 +446,7 @@ def doctor_command(args: Any) -> int:
             "figures": figures,
             "problems": len(problems),
         }
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        from kakeya_vllm.evaluation.command import write_json
+
+        write_json(args.json, result)
     return 1 if problems else 0

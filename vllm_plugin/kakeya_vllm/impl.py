@@ -117,54 +117,25 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
         """
         if attn_metadata is None:  # a profiling run: there is no cache yet
             return output.zero_()
-        if self.runtime.verifier is not None:
-            return self._verified(attn_metadata, query, key, value, kv_cache, output)
-        if self._cuda is not None:
-            self._cuda.forward(attn_metadata, query, key, value, kv_cache, output)
-            return output
-        step = attn_metadata
-        output[step.num_computed_rows :].zero_()
-        self._fill(step, query, key, value, kv_cache, output)
-        codec = self.runtime.codec
-        codec.write(self._write)
-        codec.attend(self._attend)
-        return output
-
-    def _verified(
-        self,
-        step: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        output: torch.Tensor,
-    ) -> torch.Tensor:
-        """The same with the checks of KAKEYA_VERIFY between and after."""
-        verifier = self.runtime.verifier
-        layer, first_head = self._place
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.stride(-1) != 1:
+                raise ValueError(f"{name} must be contiguous in its last dimension")
+        step, verifier = attn_metadata, self.runtime.verifier
         if self._cuda is not None:
             self._cuda.write(step, key, value, kv_cache)
         else:
             output[step.num_computed_rows :].zero_()
             self._fill(step, query, key, value, kv_cache, output)
             self.runtime.codec.write(self._write)
-        verifier.written(layer, first_head, step, key, value, kv_cache, self.open_pool)
+        if verifier is not None:
+            verifier.written(*self._place, step, key, value, kv_cache, self.open_pool)
         if self._cuda is not None:
             self._cuda.read(step, query, key, value, kv_cache, output)
         else:
             self.runtime.codec.attend(self._attend)
-        verifier.attended(
-            layer,
-            first_head,
-            step,
-            self.scale,
-            query,
-            key,
-            value,
-            kv_cache,
-            self.open_pool,
-            output,
-        )
+        if verifier is not None:
+            tensors = query, key, value, kv_cache, self.open_pool, output
+            verifier.attended(*self._place, step, self.scale, *tensors)
         return output
 
     def _fill(
@@ -177,8 +148,6 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
         output: torch.Tensor,
     ) -> None:
         """Point both argument structures at this step's tensors."""
-        if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
-            raise ValueError("query, key and value must be contiguous in their last dimension")
         write, attend = self._write, self._attend
         dtype = _DTYPES[query.dtype]
         for args in (write, attend):

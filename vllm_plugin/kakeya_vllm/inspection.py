@@ -7,7 +7,6 @@ use, not a second computation of them.
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +123,12 @@ def _neutral(layers: int, heads: int, head_dim: int, recipe: dict[str, Any]) -> 
 
 def _artefact(path: str, recipe: str) -> dict[str, Any]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
         metadata = config.read_metadata(path)
-        tensors = load_file(path)
+        data = config.read_artefact(path)
+        tensors = load(data)
     except (config.ConfigError, SafetensorError, OSError) as error:
         raise InspectError(str(error)) from error
     if metadata.get("format") != config.ARTEFACT_FORMAT:
@@ -141,7 +141,7 @@ def _artefact(path: str, recipe: str) -> dict[str, Any]:
     layers, heads, head_dim = tensors["k_mean"].shape
     try:
         text = config.read_recipe(recipe, "--recipe")
-        codec = lib.load().codec(text, _shape(layers, heads, head_dim), Path(path).read_bytes())
+        codec = lib.load().codec(text, _shape(layers, heads, head_dim), data)
     except (config.ConfigError, lib.KakeyaError) as error:
         raise InspectError(getattr(error, "text", None) or str(error)) from error
     described = codec.describe()
@@ -166,7 +166,7 @@ def _artefact(path: str, recipe: str) -> dict[str, Any]:
     return {
         "kind": "artefact",
         "path": str(path),
-        "bytes": Path(path).stat().st_size,
+        "bytes": len(data),
         "metadata": metadata,
         "shape": {"layers": layers, "kv_heads": heads, "head_dim": head_dim},
         "statistics": statistics,
@@ -273,6 +273,9 @@ def picture(found: dict[str, Any]) -> str:
 
 def inspect_command(args: Any) -> None:
     """`kakeya inspect`: prints, and writes what --json and --html name."""
+    from kakeya_vllm.evaluation.command import write_json
+    from kakeya_vllm.progress import write_atomically
+
     try:
         found = inspect(args.what, args.recipe, args.head_dim)
     except InspectError as error:
@@ -281,6 +284,6 @@ def inspect_command(args: Any) -> None:
         raise SystemExit("kakeya: --html draws bits by layer and head, which an artefact decides")
     print(report(found))
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        write_json(args.json, found)
     if args.html:
-        Path(args.html).write_text(picture(found), "utf-8")
+        write_atomically(Path(args.html), picture(found).encode("utf-8"))

@@ -276,7 +276,7 @@ class Verifier:
         pages = self._pages_of(row, position)
         keys = torch.empty(pages, BLOCK, self.head_dim)
         values = torch.empty_like(keys)
-        bytes_ = kv_cache[self._ids(row.blocks[:pages], kv_cache.device), head, 0].cpu()
+        bytes_ = kv_cache[_ids(row.blocks[:pages], kv_cache.device), head, 0].cpu()
         for index in range(pages):
             self.codec.open(
                 layer,
@@ -374,14 +374,12 @@ class Verifier:
             self._layers[layer] = state
         return state
 
-    @staticmethod
-    def _ids(blocks: list[int], device: torch.device) -> torch.Tensor:
-        return torch.tensor(blocks, dtype=torch.int64, device=device)
+
+def _ids(blocks: list[int], device: torch.device) -> torch.Tensor:
+    """Block ids as an index tensor."""
+    return torch.tensor(blocks, dtype=torch.int64, device=device)
 
 
 def _chunks(blocks: list[int], device: torch.device) -> list[torch.Tensor]:
     """Block ids as index tensors of at most _CHUNK."""
-    return [
-        torch.tensor(blocks[at : at + _CHUNK], dtype=torch.int64, device=device)
-        for at in range(0, len(blocks), _CHUNK)
-    ]
+    return [_ids(blocks[at : at + _CHUNK], device) for at in range(0, len(blocks), _CHUNK)]
