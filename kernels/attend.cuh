@@ -283,7 +283,6 @@ struct Attend {
 
   KAKEYA_D void gather(float (&s)[kScores]) const;
   KAKEYA_D void gather_slots(uint32_t page, float (&s)[kScores]) const;
-  KAKEYA_D void bend(float (&s)[kScores], float unit) const;
   KAKEYA_D void hide_rows(float (&s)[kScores]) const;
   template <bool RAW>
   KAKEYA_D void store_probs(const float (&s)[kScores]) const;

@@ -14,6 +14,8 @@ import torch
 from kakeya_vllm import calibrate, lib
 from kakeya_vllm.support import UnsupportedFeature
 
+pytestmark = pytest.mark.cpu_only  # on a GPU such models are refused
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:

@@ -112,6 +112,11 @@ def _cuda_features(
         found.append(f"{model.dtype} on a GPU (valid: bfloat16, float16)")
     if model.get_head_size() not in cuda.HEAD_DIMS:
         found.append(f"head_dim {model.get_head_size()} on a GPU (valid: {cuda.HEAD_DIMS})")
+    text = model.hf_text_config
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        found.append("logits soft cap on a GPU")
+    if windowed_layers(text):
+        found.append("models that mix full and sliding-window layers on a GPU")
     speculative = vllm_config.speculative_config
     if speculative is not None and (speculative.num_speculative_tokens or 0) >= cuda.MAX_QUERY:
         found.append(

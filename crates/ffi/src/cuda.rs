@@ -453,10 +453,10 @@ pub unsafe extern "C" fn kakeya_cuda_attend(
     unsafe { launch(cuda, args, |cuda, args| cuda.attend(args, None)) }
 }
 
-/// kakeya_cuda_attend with a soft cap of scores and attention sinks.
+/// kakeya_cuda_attend with attention sinks.
 ///
-/// Errors: as kakeya_cuda_attend, and OUT_OF_RANGE (soft_cap). Sinks are not looked at: one that is not
-/// finite makes its head's output so.
+/// Errors: as kakeya_cuda_attend, and UNSUPPORTED (a soft cap, which the kernels do not have). Sinks are
+/// not looked at: one that is not finite makes its head's output so.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_cuda_attend_with(
     cuda: *const kakeya_cuda,

@@ -190,6 +190,12 @@ impl kakeya_cuda {
         }
         let soft_cap = options.map_or(0.0, |options| options.soft_cap);
         check_soft_cap(soft_cap)?;
+        if soft_cap > 0.0 {
+            return refuse!(
+                KAKEYA_ERR_UNSUPPORTED,
+                "soft_cap is {soft_cap}; valid: 0, the kernels have no soft cap"
+            );
+        }
         let group = self.shape.num_q_heads / self.shape.num_kv_heads;
         let q_heads = limits.num_kv_heads as usize * group;
         let sinks_ptr = options.map_or(null(), |options| options.sinks);
@@ -257,7 +263,7 @@ impl kakeya_cuda {
             element: element as i32,
             batch_invariant: limits.batch_invariant.into(),
             scale: args.scale,
-            soft_cap,
+            reserved: 0,
             sinks: sinks_ptr,
         };
         Ok(Launch {
