@@ -6,7 +6,7 @@
 #   scripts/wheel.sh                            # all that a release serves; half an hour on two cores, once, for the kernels
 #   KAKEYA_CUDA_ARCHS=90 scripts/wheel.sh       # fewer kernels: a wheel to try out
 #   KAKEYA_CUDA_ARCHS= scripts/wheel.sh         # none: for the CPU
-#   scripts/wheel.sh aarch64                    # cross-built; inspected, not run
+#   scripts/wheel.sh aarch64                    # cross-built (rustup target add aarch64-unknown-linux-gnu); inspected, not run
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 cd "$ROOT"
@@ -27,6 +27,12 @@ install_tools() {
     rm -rf "$TOOLS"
     "${PYTHON:-python3}" -m venv "$TOOLS"
     "$TOOLS/bin/python" -m pip install -q --no-deps -r requirements/wheel.lock
+}
+
+check_target() {
+    [[ -d $(rustc --print sysroot)/lib/rustlib/$target || -n ${CARGO_UNSTABLE_BUILD_STD:-} ]] ||
+        die "the Rust toolchain has no standard library for $target: rustup target add $target. Or compile it: a nightly
+toolchain with rust-src, and RUSTUP_TOOLCHAIN=nightly CARGO_UNSTABLE_BUILD_STD=std,panic_unwind scripts/wheel.sh $machine"
 }
 
 build_library() {
@@ -63,6 +69,8 @@ check() {
         "$TOOLS/bin/python" -m pytest -p no:cacheprovider tests/python/test_wheel.py
 }
 
+command -v cargo >/dev/null || die "cargo not found: a Rust toolchain is needed (1.90 or newer)"
+check_target
 mkdir -p "$CACHE" target
 step wheel-tools "$(digest requirements/wheel.lock)" install_tools
 # For cargo-zigbuild and patchelf, which look for programs on the path; setuptools asks CARGO.
