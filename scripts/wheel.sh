@@ -50,7 +50,9 @@ build_wheel() {
     KAKEYA_LIBRARY=$build/$target/release/libkakeya.so CARGO_BUILD_TARGET=$target \
         "$TOOLS/bin/python" -m build -q --no-isolation --wheel --outdir "$work" \
         "--config-setting=--build-option=--plat-name=linux_$machine" "$work"/kakeya_vllm-*/
-    "$TOOLS/bin/auditwheel" repair --plat "$platform" --only-plat --wheel-dir "$OUT" "$work"/kakeya_vllm-*.whl
+    # "auto", since it knows the names of this machine's platforms only; what it found has to be the one that is wanted.
+    "$TOOLS/bin/auditwheel" repair --plat auto --only-plat --wheel-dir "$OUT" "$work"/kakeya_vllm-*.whl
+    compgen -G "$OUT/kakeya_vllm-*-$platform.whl" >/dev/null || die "auditwheel gave the wheel another tag than $platform: $(ls "$OUT")"
     mv "$work"/kakeya_vllm-*.tar.gz "$OUT"
 }
 
@@ -87,7 +89,7 @@ build_library
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$OUT"
-rm -f "$OUT"/kakeya_vllm-*.tar.gz "$OUT"/kakeya_vllm-*-"$platform".whl
+rm -f "$OUT"/kakeya_vllm-*.tar.gz "$OUT"/kakeya_vllm-*_"$machine".whl
 say "wheel and sdist"
 build_wheel
 if [[ $machine == "$(uname -m)" ]]; then
