@@ -1,7 +1,7 @@
 # The two commands are `make demo` and `make test`; README.md says what they do and take. Each script sets up what is missing.
 # PYTHON chooses the interpreter of .venv (3.11, 3.12 or 3.13).
 
-.PHONY: help setup build kernels demo test sanitize supply-chain test-gpu bench-gpu soak fuzz lint format clean
+.PHONY: help setup build kernels demo test sanitize supply-chain test-gpu bench-gpu soak fuzz wheel docs lint format clean
 
 help:
 	@echo 'make setup   .venv with vLLM and the plugin, libkakeya, a small model'
@@ -11,6 +11,8 @@ help:
 	@echo 'make supply-chain  licences, sources and known vulnerabilities of what the code depends on'
 	@echo 'make build   libkakeya only'
 	@echo 'make kernels   the CUDA kernels, for the next build (needs no GPU; set-up does it where there is one)'
+	@echo 'make wheel   dist/release: the manylinux wheel with all kernels and the sdist, tested (half an hour, once, for the kernels)'
+	@echo 'make docs    target/book: the pages of docs/ as a site (mdBook, compiled once where it is missing)'
 	@echo 'make test-gpu  kernels and engines on a GPU; make bench-gpu measures them'
 	@echo 'make soak    real vLLM under random load, on the CPU or the GPU (MINUTES=10 SEED= MODEL=)'
 	@echo 'make fuzz    every fuzz target for SECONDS=15 (or TARGETS="page abi"); needs a nightly compiler and cargo-fuzz'
@@ -25,6 +27,12 @@ build:
 
 kernels:
 	@scripts/kernels.sh
+
+wheel:
+	@scripts/wheel.sh
+
+docs:
+	@scripts/docs.sh
 
 demo: setup
 	@scripts/demo.sh

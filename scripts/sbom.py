@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "THIRD_PARTY.md"
 LIBRARY = "kakeya-ffi"
-# Where wheels are built for; what a platform adds (windows-sys and the like) is not in them.
-PLATFORM = "x86_64-unknown-linux-gnu"
+# Where the wheel is built for; what other platforms add (windows-sys and the like) is not in it.
+PLATFORM = os.environ.get("CARGO_BUILD_TARGET", "x86_64-unknown-linux-gnu")
 REGISTRY = "registry+https://github.com/rust-lang/crates.io-index"
 
 

@@ -78,9 +78,9 @@ build_kernels() {
 build_library() { cargo build --release --locked -p kakeya-ffi; }
 
 install_plugin() {
-    rm -rf dist
+    rm -f dist/*.whl
     KAKEYA_LIBRARY=$ROOT/target/release/libkakeya.so \
-        "$PY" -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist ./vllm_plugin
+        "$PY" -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
     "$PY" -m pip install -q --no-deps --force-reinstall dist/kakeya_vllm-*.whl
     "$PY" -m kakeya_vllm.cli --version
 }
@@ -125,7 +125,7 @@ step tools "$(digest requirements/dev.lock)" install_tools
 if [[ $kind == gpu ]]; then build_kernels; fi
 say "libkakeya"
 build_library
-mapfile -t sources < <(find vllm_plugin -type f -not -path '*/__pycache__/*' -not -path '*/build/*' \
+mapfile -t sources < <(find pyproject.toml setup.py MANIFEST.in LICENSE vllm_plugin -type f -not -path '*/__pycache__/*' \
     -not -path '*.egg-info/*' | LC_ALL=C sort)
 step plugin "$(digest "${sources[@]}" target/release/libkakeya.so)" install_plugin
 step model "$MODEL_SHA256 $(digest scripts/gguf_to_hf.py)" fetch_model

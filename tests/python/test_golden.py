@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import seal_digest
 from kakeya_vllm import config, lib
 from safetensors import safe_open
 
@@ -46,3 +48,9 @@ def test_a_later_format_is_refused_by_its_number() -> None:
     with pytest.raises(lib.KakeyaError, match="KAKEYA_ERR_WRONG_VERSION") as refused:
         lib.load().codec("kakeya-4.6x", MODEL, later)
     assert "'kakeya-calibration-2', expected 'kakeya-calibration-1'" in refused.value.text
+
+
+def test_the_loaded_library_seals_the_same_bytes() -> None:
+    """The digests that a wheel is held to (test_wheel.py) are those of this build as well."""
+    committed = Path(seal_digest.__file__).with_suffix(".json")
+    assert seal_digest.digests() == json.loads(committed.read_text())

@@ -53,13 +53,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         pytest.skip("a wheel is built where cargo is")
     folder = tmp_path_factory.mktemp("wheel")
     # Built in a copy: setuptools writes beside its sources.
-    source = shutil.copytree(
-        sbom.ROOT / "vllm_plugin",
-        folder / "tree" / "vllm_plugin",
-        ignore=shutil.ignore_patterns("build"),
-    )
-    for name in ("scripts", "crates", "csrc", "LICENSE", "Cargo.toml", "Cargo.lock"):
-        (folder / "tree" / name).symlink_to(sbom.ROOT / name)
+    source = folder / "tree"
+    shutil.copytree(sbom.ROOT / "vllm_plugin", source / "vllm_plugin")
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "Cargo.toml", "Cargo.lock"):
+        shutil.copy(sbom.ROOT / name, source)
+    for name in ("scripts", "crates", "csrc"):
+        (source / name).symlink_to(sbom.ROOT / name)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run(
         [*command, "--wheel-dir", str(folder), str(source)],

@@ -110,11 +110,11 @@ def _neutral(layers: int, heads: int, head_dim: int, recipe: dict[str, Any]) -> 
     """An artefact of equal channels, for recipes that want one: the layout depends on none."""
     if not recipe["needs_calibration"]:
         return None
-    import torch
-    from safetensors.torch import save
+    import numpy as np
+    from safetensors.numpy import save
 
-    zeros, ones = (torch.full((layers, heads, head_dim), x) for x in (0.0, 1.0))
-    tensors = {name: (zeros if "mean" in name else ones).clone() for name in STATISTICS}
+    zeros, ones = (np.full((layers, heads, head_dim), x, np.float32) for x in (0.0, 1.0))
+    tensors = {name: zeros if "mean" in name else ones for name in STATISTICS}
     return save(tensors, metadata={"format": config.ARTEFACT_FORMAT})
 
 
@@ -123,7 +123,7 @@ def _neutral(layers: int, heads: int, head_dim: int, recipe: dict[str, Any]) -> 
 
 def _artefact(path: str, recipe: str) -> dict[str, Any]:
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.numpy import load
 
     try:
         metadata = config.read_metadata(path)

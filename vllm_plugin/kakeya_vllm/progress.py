@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+# Not at import: `kakeya inspect` writes files where there is no torch.
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = "kakeya-calibration-partial-1"
 
@@ -30,6 +32,8 @@ def weights_digest(model: torch.nn.Module) -> str:
 
     The config does not tell a fine-tuned model from its base; a few values of each matrix do.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -74,6 +78,8 @@ class Progress:
         go on from. ``state``: the sums of a calibration that begins, for their shapes."""
         if not self.path.is_file():
             return None
+        import torch
+
         try:
             second, done, found = self._read()
             for name, empty in state.items():
