@@ -60,6 +60,9 @@ def engine_args(module: ModuleType) -> None:
             vllm_config = original(self, *args, **kwargs)
             if register.is_selected(vllm_config):
                 _prepare(vllm_config)
+                from kakeya_vllm import metrics
+
+                metrics.serve(log_stats=not self.disable_log_stats)
             return vllm_config
 
         return create_engine_config
