@@ -33,14 +33,18 @@ def bytes_per_token(specs: list[Any], itemsize: int) -> tuple[float, float]:
 
 def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     """The lines of the banner for one worker. Numbers are this worker's: its layers and heads."""
-    from kakeya_vllm.support import layer_index
+    from kakeya_vllm.support import is_draft_layer, layer_index
 
     vllm_config, settings = runtime.vllm_config, runtime.settings
     specs = layer_specs(kv_cache_config)
     dtype = vllm_config.model_config.dtype
     before, after = bytes_per_token(list(specs.values()), dtype.itemsize)
     compressed = [layer_index(name) for name in runtime.layers]
-    kept = [layer_index(name) for name in specs if name not in runtime.layers]
+    total = vllm_config.model_config.get_total_num_hidden_layers()
+    drafting = [name for name in specs if is_draft_layer(name, total)]
+    others = [name for name in specs if name not in runtime.layers and name not in drafting]
+    kept = [layer_index(name) for name in others]
+    of_draft = f"; {len(drafting)} of the draft model, stock" if drafting else ""
     pool = sum(layer.impl.open_pool.nbytes for layer in runtime.layers.values())
     slots = runtime.open_blocks.num_open if runtime.open_blocks else 0
     groups = kv_cache_config.kv_cache_groups
@@ -65,7 +69,7 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
         f"  recipe            {_recipe(runtime)}",
         f"  calibrated        {calibrated}",
         f"  layers            {len(compressed)} compressed: {_layers(compressed)}; "
-        f"{len(kept)} stock {name}: {_layers(kept)}",
+        f"{len(kept)} stock {name}: {_layers(kept)}{of_draft}",
         f"  bytes per token   {per_token}",
         f"  prefill           {settings.prefill}",
         *(["  verify            on: pages and outputs are checked"] if settings.verify else []),
