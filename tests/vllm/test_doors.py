@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import engines
 import pytest
-from engines import Engine, engine, tokens
+from engines import Engine, assert_same_run, engine, tokens
 from kakeya_vllm import register
 from kakeya_vllm.config import ConfigError
 
@@ -165,7 +167,170 @@ def test_a_multimodal_prompt_of_a_text_model_is_refused_and_the_engine_goes_on(
     image = {"image": np.zeros((8, 8, 3), dtype=np.uint8)}
     with engine(talking, dtype="float32") as made:
         before = made.run([tokens(1, 200)], 4)
-        with pytest.raises(ValueError, match="(?i)multi-modal .* text-only"):
+        with pytest.raises(ValueError, match=r"(?i)multi-modal .* text-only"):
             made.llm.generate({"prompt": "What is this?", "multi_modal_data": image})
         made.reset_prefix_cache()
         assert made.run([tokens(1, 200)], 4) == before
+
+
+def make_eagle_head(directory: Path) -> Path:
+    """A random EAGLE drafter for the tiny model: one layer behind a projection."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, inner, heads, kv_heads, head_dim = 512, 768, 4, 2, 128
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        "fc": (hidden, 2 * hidden),
+        "layers.0.self_attn.q_proj": (heads * head_dim, hidden),
+        "layers.0.self_attn.k_proj": (kv_heads * head_dim, hidden),
+        "layers.0.self_attn.v_proj": (kv_heads * head_dim, hidden),
+        "layers.0.self_attn.o_proj": (hidden, heads * head_dim),
+        "layers.0.mlp.gate_proj": (inner, hidden),
+        "layers.0.mlp.up_proj": (inner, hidden),
+        "layers.0.mlp.down_proj": (hidden, inner),
+    }
+    state = {
+        f"{name}.weight": torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        for name, shape in shapes.items()
+    }
+    state["layers.0.post_attention_layernorm.weight"] = torch.ones(hidden)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 4096,
+        "vocab_size": 512,
+        "torch_dtype": "float32",
+    }
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(state, directory / "model.safetensors")
+    return directory
+
+
+def banner_lines(worker: Any) -> list[str]:
+    from kakeya_vllm import banner
+
+    return banner.compose(worker._kakeya, worker.model_runner.kv_cache_config)
+
+
+@pytest.fixture(scope="module")
+def without_drafts(tiny: Path) -> list[engines.Run]:
+    with engine(tiny, SEALED, **DRAFTING) as made:
+        return made.run(DRAFTED, 30)
+
+
+DRAFTING = {"skip_tokenizer_init": True, "dtype": "float32"}
+DRAFTED = [tokens(1, 300), tokens(2, 120)]  # the second fills its first block while decoding
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def test_drafts_of_a_model_change_nothing(
+    tiny: Path, tmp_path: Path, without_drafts: list[engines.Run], method: str
+) -> None:
+    """Layers of the drafter keep the stock cache, in blocks that share ids with compressed ones.
+
+    The draft model is the model itself, which reads its own cache: it is right often, not always.
+    A random EAGLE head is always wrong.
+    """
+    drafter = tiny if method == "draft_model" else make_eagle_head(tmp_path / "eagle")
+    speculative = {"method": method, "model": str(drafter), "num_speculative_tokens": 3}
+    with engine(tiny, SEALED, speculative_config=speculative, **DRAFTING) as made:
+        assert len(made.runtime.layers) == 4
+        runs = made.run(DRAFTED, 30)
+        again = made.run(DRAFTED, 30)
+        names = "vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"
+        drafted, accepted = map(made.counter, names)
+        (line,) = [line for line in made.worker(banner_lines) if line.startswith("  layers")]
+    own = {"draft_model": 4, "eagle": 1}[method]
+    assert line.endswith(
+        f"4 compressed: 0-3; 0 stock float32: none; {own} of the draft model, stock"
+    )
+    assert accepted < drafted
+    assert (accepted > 0) == (method == "draft_model")
+    assert [run.cached for run in again] != [0, 0]
+    for a, b, c in zip(without_drafts, runs, again, strict=True):
+        assert_same_run(a, b, EXACT)
+        assert_same_run(a, c, EXACT)
+
+
+# Tools ---------------------------------------------------------------------------------------
+
+
+def scores(made: Engine, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """Log-likelihood of each continuation, and whether it is the greedy one: with the calls that
+    lm_eval makes of LLM."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+    prompts = [{"prompt_token_ids": context + rest} for context, rest in pairs]
+    outputs = made.llm.generate(prompts, [params] * len(pairs), use_tqdm=False)
+    found = []
+    for (context, rest), output in zip(pairs, outputs, strict=True):
+        entries = output.prompt_logprobs[len(context) :]
+        likely = [entry[token].logprob for token, entry in zip(rest, entries, strict=True)]
+        best = [max(entry, key=lambda token: entry[token].logprob) for entry in entries]
+        found.append((sum(likely), best == rest))
+    return found
+
+
+def test_what_lm_eval_calls(talking: Path) -> None:
+    """Prompts of one step are computed from raw keys and values: scores are the stock ones."""
+    from vllm import SamplingParams
+
+    question = tokens(3, 300)
+    values = []
+    for backend in (None, "KAKEYA"):
+        with engine(talking, dtype="float32", attention_backend=backend) as made:
+            (greedy,) = made.run([question], 5)
+            pairs = [(question, tokens(i, 5)) for i in range(3)] + [(question, greedy.tokens)]
+            values.append(scores(made, pairs))
+            letters = {"allowed_token_ids": list(range(3, 259))}  # those that are text
+            (free,) = made.run(["Tell me. " * 20], 30, **letters)
+            end = free.text[len(free.text) // 2]
+            until = SamplingParams(temperature=0, max_tokens=30, stop=[end], **letters)
+            (output,) = made.llm.generate(["Tell me. " * 20], until, use_tqdm=False)
+            assert output.outputs[0].text == free.text.split(end)[0]
+    stock, compressed = values
+    assert [is_greedy for _, is_greedy in stock[:3]] == [False] * 3
+    assert stock[3][1]
+    for a, b in zip(stock[:3], compressed[:3], strict=True):
+        assert a[0] == pytest.approx(b[0], abs=len(question) * 1e-5)
+        assert a[1] == b[1]
+
+
+BENCHES = """
+import sys
+from vllm.entrypoints.cli.main import main
+
+for command in {commands!r}:
+    sys.argv = ["vllm", "bench", *command]
+    main()
+"""
+
+
+def test_vllm_bench_latency_and_throughput(smollm2: Path, tmp_path: Path) -> None:
+    """One after the other in a process: most of their time is start-up."""
+    options = ["--model", str(smollm2), "--attention-backend", "KAKEYA", "--dtype", "float32"]
+    options += ["--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager"]
+    options += ["--kv-cache-memory-bytes", str(engines.KV_BYTES)]
+    latency, throughput = tmp_path / "latency.json", tmp_path / "throughput.json"
+    lengths = ["--input-len", "130", "--output-len", "4"]
+    one = ["latency", *options, *lengths, "--batch-size", "2", "--output-json", str(latency)]
+    one += ["--num-iters-warmup", "1", "--num-iters", "2"]
+    lengths = ["--random-input-len", "130", "--random-output-len", "4"]
+    two = ["throughput", *options, *lengths, "--dataset-name", "random", "--num-prompts", "3"]
+    two += ["--output-json", str(throughput)]
+    script = BENCHES.format(commands=[one, two])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert len(json.loads(latency.read_text())["latencies"]) == 2
+    assert json.loads(throughput.read_text())["num_requests"] == 3
