@@ -165,7 +165,9 @@ def test_a_multimodal_prompt_of_a_text_model_is_refused_and_the_engine_goes_on(
     import numpy as np
 
     image = {"image": np.zeros((8, 8, 3), dtype=np.uint8)}
-    with engine(talking, dtype="float32") as made:
+    cache = {"attention_backend": None, "kv_cache_dtype": "kakeya-free-5.3x"}
+    with engine(talking, dtype="float32", **cache) as made:
+        assert made.runtime.settings.recipe == "kakeya-free-5.3x"
         before = made.run([tokens(1, 200)], 4)
         with pytest.raises(ValueError, match=r"(?i)multi-modal .* text-only"):
             made.llm.generate({"prompt": "What is this?", "multi_modal_data": image})

@@ -102,6 +102,7 @@ def test_what_was_configured_is_shown(address: str) -> None:
     compressed = LAYERS - len(KEPT)
     assert found["kakeya_layers[compressed]"] == compressed
     assert found["kakeya_layers[stock]"] == len(KEPT)
+    assert found["kakeya_layers[draft]"] == 0
     assert found["kakeya_kv_bytes_per_token[bfloat16]"] == LAYERS * stock
     per_token = compressed * HEADS * page / BLOCK + len(KEPT) * stock
     assert found["kakeya_kv_bytes_per_token[kakeya]"] == per_token

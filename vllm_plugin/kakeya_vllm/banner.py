@@ -33,18 +33,16 @@ def bytes_per_token(specs: list[Any], itemsize: int) -> tuple[float, float]:
 
 def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     """The lines of the banner for one worker. Numbers are this worker's: its layers and heads."""
-    from kakeya_vllm.support import is_draft_layer, layer_index
+    from kakeya_vllm.support import layer_index
 
     vllm_config, settings = runtime.vllm_config, runtime.settings
     specs = layer_specs(kv_cache_config)
     dtype = vllm_config.model_config.dtype
     before, after = bytes_per_token(list(specs.values()), dtype.itemsize)
-    compressed = [layer_index(name) for name in runtime.layers]
-    total = vllm_config.model_config.get_total_num_hidden_layers()
-    drafting = [name for name in specs if is_draft_layer(name, total)]
-    others = [name for name in specs if name not in runtime.layers and name not in drafting]
-    kept = [layer_index(name) for name in others]
-    of_draft = f"; {len(drafting)} of the draft model, stock" if drafting else ""
+    names = layers_by_cache(runtime, specs)
+    compressed, kept = ([layer_index(x) for x in names[kind]] for kind in ("compressed", "stock"))
+    drafting = len(names["draft"])
+    of_draft = f"; {drafting} of the draft model, stock" if drafting else ""
     pool = sum(layer.impl.open_pool.nbytes for layer in runtime.layers.values())
     slots = runtime.open_blocks.num_open if runtime.open_blocks else 0
     groups = kv_cache_config.kv_cache_groups
@@ -78,6 +76,18 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
         f"  capacity          {tokens} tokens in {kv_cache_config.num_blocks} blocks of "
         f"{block_size}",
     ]
+
+
+def layers_by_cache(runtime: Any, specs: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of the layers with these specs: compressed, stock, and a draft model's (stock too)."""
+    from kakeya_vllm.support import is_draft_layer
+
+    total = runtime.vllm_config.model_config.get_total_num_hidden_layers()
+    found: dict[str, list[str]] = {"compressed": [], "stock": [], "draft": []}
+    for name in specs:
+        kind = "draft" if is_draft_layer(name, total) else "stock"
+        found["compressed" if name in runtime.layers else kind].append(name)
+    return found
 
 
 def layer_specs(kv_cache_config: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _HELP = {
     "kakeya_open_blocks_limit": "Open blocks in the pool.",
     "kakeya_open_blocks_usage": "Open blocks in use, as a part of the pool, 0 to 1.",
     "kakeya_open_blocks_bytes": "Size of the pool of open blocks, all layers.",
-    "kakeya_layers": "Layers by the cache that they keep: compressed, or stock.",
+    "kakeya_layers": "Layers by cache: compressed, stock, or of a draft model (stock too).",
     "kakeya_kv_bytes_per_token": "KV bytes of a token, all layers: as allocated, and in bf16.",
     "kakeya_recipe_info": "1; recipe and version are in the labels.",
 }
@@ -94,8 +94,8 @@ class WorkerMetrics:
         stock, actual = banner.bytes_per_token(list(specs.values()), BF16_BYTES)
         recipe = "none" if runtime.codec is None else runtime.codec.describe().get("name", "")
         self._gauge("kakeya_recipe_info", recipe=str(recipe), version=kakeya_vllm.__version__)(1)
-        self._gauge("kakeya_layers", cache="compressed")(len(compressed))
-        self._gauge("kakeya_layers", cache="stock")(len(specs) - len(compressed))
+        for cache, names in banner.layers_by_cache(runtime, specs).items():
+            self._gauge("kakeya_layers", cache=cache)(len(names))
         self._gauge("kakeya_kv_bytes_per_token", cache="kakeya")(actual)
         self._gauge("kakeya_kv_bytes_per_token", cache="bfloat16")(stock)
         self._gauge("kakeya_open_blocks_limit")(self._limit)
