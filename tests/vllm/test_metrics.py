@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import engines
@@ -195,16 +196,28 @@ def test_directory_of_several_api_servers_is_vllms_own(tmp_path: Path) -> None:
         assert metrics.VARIABLE not in os.environ
 
 
-def test_a_worker_that_cannot_reach_the_directory_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("why", ["No such file or directory", "No space left on device"])
+def test_an_engine_without_room_for_metrics_says_so_and_serves(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    why: str,
 ) -> None:
-    import logging
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, why)
 
+    if why.startswith("No space"):
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    else:  # as on another machine
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "elsewhere"))
     logger = logging.getLogger("vllm")
     logger.addHandler(caplog.handler)
+    monkeypatch.setattr(metrics, "_files", {})
     try:
-        with engines.variables({metrics.VARIABLE: str(tmp_path / "elsewhere")}):
-            assert metrics.of_worker(SimpleNamespace(), None) is None
+        with engine(tiny, skip_tokenizer_init=True, dtype="float32") as made:
+            assert made.runtime.metrics is None
+            assert len(made.run([tokens(1, 150)], 2)[0].tokens) == 2
     finally:
         logger.removeHandler(caplog.handler)
-    assert "no metrics from this worker" in caplog.text
+    assert f"no metrics from this worker: [Errno {2 if 'file' in why else 28}] {why}" in caplog.text

@@ -28,6 +28,7 @@ from kakeya_vllm import banner
 # into the key of vLLM's compilation cache: a new directory would compile anew at every start.
 VARIABLE = "KAKEYA_METRICS_DIR"
 BF16_BYTES = 2
+_FILE_BYTES = 1 << 16  # as prometheus_client begins them; a worker's entries take about 5 KB
 
 _HELP = {
     "kakeya_tokens_sealed": "Tokens in blocks that became full and were sealed into pages.",
@@ -52,19 +53,23 @@ def serve(log_stats: bool) -> None:
     ``log_stats`` False (--disable-log-stats, the default of ``LLM``): there will be none.
     """
     global _made
-    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    os.environ.pop(VARIABLE, None)  # of a process that started this one
     if not log_stats:
-        os.environ.pop(VARIABLE, None)
-    elif shared:
+        return
+    if shared := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         os.environ[VARIABLE] = shared
-    else:
-        from prometheus_client import REGISTRY
-        from prometheus_client.multiprocess import MultiProcessCollector
+        return
+    from prometheus_client import REGISTRY
+    from prometheus_client.multiprocess import MultiProcessCollector
 
-        if _made is None:
+    if _made is None:
+        try:
             _made = tempfile.TemporaryDirectory(prefix="kakeya-metrics-")
-            MultiProcessCollector(REGISTRY, path=_made.name)
-        os.environ[VARIABLE] = _made.name
+        except OSError as error:
+            _warn("no metrics: there is no directory for them: %s", error)
+            return
+        MultiProcessCollector(REGISTRY, path=_made.name)
+    os.environ[VARIABLE] = _made.name
 
 
 class WorkerMetrics:
@@ -139,6 +144,9 @@ class WorkerMetrics:
         # and process from the name; "kakeya" keeps it apart from a file of vLLM's own.
         path = str(Path(self._directory) / f"{kind}_kakeya-{os.getpid()}.db")
         if path not in _files:
+            # All of it now: a write to a mapped page that the disk has no room for kills a process.
+            with open(path, "a+b") as file:
+                os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
             _files[path] = MmapedDict(path)
         labels = self._labels | labels
         names, values = list(labels), list(labels.values())
@@ -150,11 +158,14 @@ def of_worker(runtime: Any, kv_cache_config: Any) -> WorkerMetrics | None:
     directory = os.environ.get(VARIABLE)
     if not directory:
         return None
-    if not Path(directory).is_dir():
-        from vllm.logger import init_logger
-
-        init_logger("vllm.kakeya").warning(
-            "no metrics from this worker: %s=%s is not a directory here", VARIABLE, directory
-        )
+    try:
+        return WorkerMetrics(runtime, kv_cache_config, directory)
+    except OSError as error:  # another machine, a full disk
+        _warn("no metrics from this worker: %s", error)
         return None
-    return WorkerMetrics(runtime, kv_cache_config, directory)
+
+
+def _warn(message: str, *values: object) -> None:
+    from vllm.logger import init_logger
+
+    init_logger("vllm.kakeya").warning(message, *values)
