@@ -38,23 +38,28 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     vllm_config, settings = runtime.vllm_config, runtime.settings
     specs = layer_specs(kv_cache_config)
     dtype = vllm_config.model_config.dtype
-    before, after = bytes_per_token(list(specs.values()), dtype.itemsize)
     names = layers_by_cache(runtime, specs)
     compressed, kept = ([layer_index(x) for x in names[kind]] for kind in ("compressed", "stock"))
-    drafting = len(names["draft"])
+    windowed, drafting = names["windowed"], len(names["draft"])
     of_draft = f"; {drafting} of the draft model, stock" if drafting else ""
+    growing = [spec for name, spec in specs.items() if name not in windowed]
+    before, after = bytes_per_token(growing, dtype.itemsize)
     pool = sum(layer.impl.open_pool.nbytes for layer in runtime.layers.values())
     slots = runtime.open_blocks.num_open if runtime.open_blocks else 0
     groups = kv_cache_config.kv_cache_groups
-    block_size = groups[0].kv_cache_spec.block_size if groups else lib.BLOCK_TOKENS
-    tokens = kv_cache_config.num_blocks * block_size
+    block_size = groups[runtime.group].kv_cache_spec.block_size if groups else lib.BLOCK_TOKENS
+    capacity = f"{kv_cache_config.num_blocks * block_size} tokens in {kv_cache_config.num_blocks} "
+    capacity += f"blocks of {block_size}"
+    if windowed:
+        capacity = _shared_capacity(vllm_config, kv_cache_config)
     library = lib.load()
     name = str(dtype).removeprefix("torch.")
     calibrated = settings.calibration or "no (calibration-free recipe)"
     per_token = "none on this worker"
     if after:
         ratio = f"{before / after:.2f}x"
-        per_token = f"{before:.0f} in {name} -> {after:.1f}, all layers ({ratio})"
+        which = "full-attention layers" if windowed else "all layers"
+        per_token = f"{before:.0f} in {name} -> {after:.1f}, {which} ({ratio})"
     buffers = []
     if runtime.cuda is not None:
         size = _gib(runtime.cuda.nbytes)
@@ -68,26 +73,54 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
         f"  calibrated        {calibrated}",
         f"  layers            {len(compressed)} compressed: {_layers(compressed)}; "
         f"{len(kept)} stock {name}: {_layers(kept)}{of_draft}",
+        *([f"  windows           {_windows(specs, windowed)}"] if windowed else []),
         f"  bytes per token   {per_token}",
         f"  prefill           {settings.prefill}",
         *(["  verify            on: pages and outputs are checked"] if settings.verify else []),
         f"  open blocks       {slots} slots, {_gib(pool)} for all layers",
         *buffers,
-        f"  capacity          {tokens} tokens in {kv_cache_config.num_blocks} blocks of "
-        f"{block_size}",
+        f"  capacity          {capacity}",
     ]
 
 
 def layers_by_cache(runtime: Any, specs: dict[str, Any]) -> dict[str, list[str]]:
-    """Names of the layers with these specs: compressed, stock, and a draft model's (stock too)."""
+    """Names of the layers with these specs: compressed; and with the stock cache: of all tokens, of
+    those in a window, and a draft model's."""
     from kakeya_vllm.support import is_draft_layer
 
     total = runtime.vllm_config.model_config.get_total_num_hidden_layers()
-    found: dict[str, list[str]] = {"compressed": [], "stock": [], "draft": []}
-    for name in specs:
-        kind = "draft" if is_draft_layer(name, total) else "stock"
-        found["compressed" if name in runtime.layers else kind].append(name)
+    found: dict[str, list[str]] = {"compressed": [], "stock": [], "windowed": [], "draft": []}
+    for name, spec in specs.items():
+        kind = "stock" if getattr(spec, "sliding_window", None) is None else "windowed"
+        if name in runtime.layers:
+            kind = "compressed"
+        elif is_draft_layer(name, total):
+            kind = "draft"
+        found[kind].append(name)
     return found
+
+
+def _windows(specs: dict[str, Any], windowed: list[str]) -> str:
+    """What the sliding-window layers keep: their own dtype, in blocks of as many bytes as ours."""
+    spec = specs[windowed[0]]
+    used = spec.unpadded_page_size_bytes / spec.page_size_bytes
+    return (
+        f"{len(windowed)} sliding-window layers keep the stock cache of {spec.sliding_window} "
+        f"tokens, {spec.block_size} a block ({used:.0%} of its bytes)"
+    )
+
+
+def _shared_capacity(vllm_config: Any, kv_cache_config: Any) -> str:
+    """Layers of several kinds draw from one pool: how many tokens fit depends on how long requests
+    are. vLLM's own figure is for the longest."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    longest = vllm_config.model_config.max_model_len
+    fit = get_max_concurrency_for_kv_cache_config(vllm_config, kv_cache_config)
+    return (
+        f"{int(fit * longest)} tokens in requests of {longest} "
+        f"({kv_cache_config.num_blocks} blocks that all kinds of layers share)"
+    )
 
 
 def layer_specs(kv_cache_config: Any) -> dict[str, Any]:

@@ -38,8 +38,8 @@ _HELP = {
     "kakeya_open_blocks_limit": "Open blocks in the pool.",
     "kakeya_open_blocks_usage": "Open blocks in use, as a part of the pool, 0 to 1.",
     "kakeya_open_blocks_bytes": "Size of the pool of open blocks, all layers.",
-    "kakeya_layers": "Layers by cache: compressed, stock, or of a draft model (stock too).",
-    "kakeya_kv_bytes_per_token": "KV bytes of a token, all layers: as allocated, and in bf16.",
+    "kakeya_layers": "Layers by cache: compressed; stock: all tokens, windowed, a draft model's.",
+    "kakeya_kv_bytes_per_token": "KV bytes of a token, no windowed layers: as allocated, and bf16.",
     "kakeya_recipe_info": "1; recipe and version are in the labels.",
 }
 
@@ -88,7 +88,9 @@ class WorkerMetrics:
             "worker": str(vllm_config.parallel_config.rank),
         }
         specs = banner.layer_specs(kv_cache_config)
-        compressed = [spec for name, spec in specs.items() if name in runtime.layers]
+        layers = banner.layers_by_cache(runtime, specs)
+        compressed = [specs[name] for name in layers["compressed"]]
+        growing = [spec for name, spec in specs.items() if name not in layers["windowed"]]
         before, after = banner.bytes_per_token(compressed, BF16_BYTES)
         self._block_tokens = runtime.settings.block_tokens
         self._saved_per_block = (before - after) * self._block_tokens
@@ -96,10 +98,10 @@ class WorkerMetrics:
         self._seen: tuple[int, int] | None = None
 
         pool = sum(layer.impl.open_pool.nbytes for layer in runtime.layers.values())
-        stock, actual = banner.bytes_per_token(list(specs.values()), BF16_BYTES)
+        stock, actual = banner.bytes_per_token(growing, BF16_BYTES)
         recipe = "none" if runtime.codec is None else runtime.codec.describe().get("name", "")
         self._gauge("kakeya_recipe_info", recipe=str(recipe), version=kakeya_vllm.__version__)(1)
-        for cache, names in banner.layers_by_cache(runtime, specs).items():
+        for cache, names in layers.items():
             self._gauge("kakeya_layers", cache=cache)(len(names))
         self._gauge("kakeya_kv_bytes_per_token", cache="kakeya")(actual)
         self._gauge("kakeya_kv_bytes_per_token", cache="bfloat16")(stock)
