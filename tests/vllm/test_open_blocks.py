@@ -266,6 +266,25 @@ def test_rejected_drafts_find_the_block_before_still_open() -> None:
     check_map(pool, scheduler)
 
 
+def test_sealed_blocks_are_counted_once() -> None:
+    open_blocks, scheduler = make(lookback=8)
+
+    def sealed(**step: object) -> int:
+        open_blocks.update(scheduler.step(**step))
+        return open_blocks.sealed_blocks
+
+    assert sealed(new={"a": (0, 250)}) == 1
+    assert sealed(running={"a": 5}) == 1
+    assert sealed(running={"a": 5}, rejected={"a": 4}) == 2  # 251 to 256, drafts among them
+    assert sealed(running={"a": 5}, rejected={"a": 4}) == 2  # the same block again
+    shared = {"b": scheduler.blocks["a"][:1]}
+    assert sealed(new={"b": (128, 200)}, shared=shared) == 3  # the first came from the cache
+    scheduler.blocks["b"] = scheduler.blocks["b"][1:]  # "a" gives that one back
+    scheduler.drop("b", preempt=True)
+    assert sealed(running={"a": 1}) == 3
+    assert sealed(resumed={"b": (0, 328)}) == 5  # computed anew, but for its open block
+
+
 def test_our_group_of_block_ids_is_used() -> None:
     pool, scheduler = make(group=1, groups=3)
     pool.update(scheduler.step(new={"a": (0, 300)}))

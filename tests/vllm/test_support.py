@@ -152,13 +152,31 @@ def test_speculation(tmp_path: Path) -> None:
         configure(tmp_path, speculative_config=many)
 
 
-def test_a_drafter_with_layers_is_refused(tmp_path: Path) -> None:
-    draft = tmp_path / "draft"
-    draft.mkdir()
-    (draft / "config.json").write_text(json.dumps(QWEN2))
-    speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
-    with pytest.raises(UnsupportedFeature, match="speculative decoding with draft_model"):
-        configure(tmp_path / "target", speculative_config=speculative)
+@pytest.mark.parametrize(
+    ("method", "speculative", "options", "feature"),
+    [
+        ("medusa", {}, {}, "speculative decoding with medusa (valid: ngram, suffix, draft_model"),
+        ("draft_model", {"attention_backend": "KAKEYA"}, {}, "KAKEYA for the layers of a draft"),
+        # vLLM hands this on to every model of the engine.
+        (
+            "draft_model",
+            {},
+            {
+                "attention_backend": None,
+                "attention_config": {"backend_per_kind": {"full_attention": "CUSTOM"}},
+            },
+            "KAKEYA for the layers of a draft",
+        ),
+    ],
+)
+def test_drafters_that_are_refused(
+    tmp_path: Path, method: str, speculative: Any, options: Any, feature: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
+    drafts = {"method": method, "model": str(tmp_path), "num_speculative_tokens": 2}
+    with pytest.raises(UnsupportedFeature) as error:
+        configure(tmp_path / "target", speculative_config=drafts | speculative, **options)
+    assert feature in str(error.value)
 
 
 def test_layer_numbers() -> None:

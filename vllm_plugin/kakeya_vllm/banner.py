@@ -38,11 +38,12 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     vllm_config, settings = runtime.vllm_config, runtime.settings
     specs = layer_specs(kv_cache_config)
     dtype = vllm_config.model_config.dtype
-    growing = {n: s for n, s in specs.items() if getattr(s, "sliding_window", None) is None}
-    before, after = bytes_per_token(list(growing.values()), dtype.itemsize)
-    compressed = [layer_index(name) for name in runtime.layers]
-    kept = [layer_index(name) for name in growing if name not in runtime.layers]
-    windowed = [name for name in specs if name not in growing]
+    names = layers_by_cache(runtime, specs)
+    compressed, kept = ([layer_index(x) for x in names[kind]] for kind in ("compressed", "stock"))
+    windowed, drafting = names["windowed"], len(names["draft"])
+    of_draft = f"; {drafting} of the draft model, stock" if drafting else ""
+    growing = [spec for name, spec in specs.items() if name not in windowed]
+    before, after = bytes_per_token(growing, dtype.itemsize)
     pool = sum(layer.impl.open_pool.nbytes for layer in runtime.layers.values())
     slots = runtime.open_blocks.num_open if runtime.open_blocks else 0
     groups = kv_cache_config.kv_cache_groups
@@ -71,7 +72,7 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
         f"  recipe            {_recipe(runtime)}",
         f"  calibrated        {calibrated}",
         f"  layers            {len(compressed)} compressed: {_layers(compressed)}; "
-        f"{len(kept)} stock {name}: {_layers(kept)}",
+        f"{len(kept)} stock {name}: {_layers(kept)}{of_draft}",
         *([f"  windows           {_windows(specs, windowed)}"] if windowed else []),
         f"  bytes per token   {per_token}",
         f"  prefill           {settings.prefill}",
@@ -80,6 +81,23 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
         *buffers,
         f"  capacity          {capacity}",
     ]
+
+
+def layers_by_cache(runtime: Any, specs: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of the layers with these specs: compressed; and with the stock cache: of all tokens, of
+    those in a window, and a draft model's."""
+    from kakeya_vllm.support import is_draft_layer
+
+    total = runtime.vllm_config.model_config.get_total_num_hidden_layers()
+    found: dict[str, list[str]] = {"compressed": [], "stock": [], "windowed": [], "draft": []}
+    for name, spec in specs.items():
+        kind = "stock" if getattr(spec, "sliding_window", None) is None else "windowed"
+        if name in runtime.layers:
+            kind = "compressed"
+        elif is_draft_layer(name, total):
+            kind = "draft"
+        found[kind].append(name)
+    return found
 
 
 def _windows(specs: dict[str, Any], windowed: list[str]) -> str:

@@ -44,6 +44,7 @@ VARIABLES = {
     "KAKEYA_PREFILL": "raw or sealed",
     "KAKEYA_VERIFY": "1: check pages and outputs while serving, slowly",
     "KAKEYA_CACHE": "directory of calibration artefacts",
+    "KAKEYA_METRICS_DIR": "set by the API server for its workers (metrics.py)",
     "KAKEYA_LIBRARY": "path of libkakeya.so",
     "KAKEYA_ALLOW_UNTESTED_VLLM": "1: run with a vLLM release that was not tested",
 }

@@ -29,7 +29,7 @@ WAYS = {
     "without kernels": "build libkakeya with `make kernels`, or install the released wheel",
     "on a GPU (valid: 0.33": "install vllm 0.33",
     "KV connector": "leave --kv-transfer-config away; sealed pages do not travel yet",
-    "speculative decoding with": "use n-gram drafts, or leave speculation away",
+    "speculative decoding with": "use n-gram drafts (on the CPU also a draft model), or no drafts",
     "MLA": "use the stock cache; it is compressed by the model itself",
     "sliding-window": "use the stock cache for this model",
     "state-space": "use the stock cache for this model",

@@ -79,6 +79,7 @@ class _Request:
     block_ids: list[int]
     slots: dict[int, int] = field(default_factory=dict)
     computed: int = 0  # tokens computed once the latest step it was in is over
+    sealed: int = 0  # blocks that were counted as sealed, or that it got from the prefix cache
 
 
 class OpenBlocks:
@@ -99,6 +100,7 @@ class OpenBlocks:
         self._block = block_tokens
         self.open_slot = torch.full((num_blocks,), -1, dtype=torch.int32)
         self.peak = 0
+        self.sealed_blocks = 0  # so far; one that rejected drafts filled is counted once
         self._map = self.open_slot.numpy()  # the same memory; item access is far cheaper
         self._group = group
         self._lookback = lookback
@@ -188,6 +190,8 @@ class OpenBlocks:
                 f"request {request_id} computes up to token {end} with only "
                 f"{len(request.block_ids)} blocks"
             )
+        known, request.sealed = max(request.sealed, head), max(request.sealed, end // self._block)
+        self.sealed_blocks += max(0, request.sealed - known)
         for index in {head, tail}:
             first = index * self._block
             if index in request.slots or (start <= first and first + self._block <= end):

@@ -17,13 +17,12 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
-import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from kakeya_vllm import register, version
+from kakeya_vllm import register, selection, version
 
 _MARK = "_kakeya_wrapped"
 
@@ -47,43 +46,30 @@ def engine_args(module: ModuleType) -> None:
     #50292). Everything that starts an engine goes through create_engine_config, so this is also
     the one place where an unsupported feature can be refused before any process is spawned.
     How: set ``attention_backend`` before, check and resolve settings after. An explicit flag wins.
+    A kv_cache_dtype that names KAKEYA selects it here too, and is "auto" for vLLM: its processes
+    need not know the name, and register_kv_cache_dtype (0.33) is not needed for it.
     Goes away when vLLM offers a start-up hook for out-of-tree backends.
     """
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            _select_from_environment(self)
+            selection.by_cache_dtype(self)
+            selection.by_environment(self)
             if register.is_ours(self.attention_backend):
                 version.require()
                 register.require_ownership()
             vllm_config = original(self, *args, **kwargs)
             if register.is_selected(vllm_config):
                 _prepare(vllm_config)
+                from kakeya_vllm import metrics
+
+                metrics.serve(log_stats=not self.disable_log_stats)
             return vllm_config
 
         return create_engine_config
 
     _wrap(module.EngineArgs, "create_engine_config", wrap)
-
-
-def _select_from_environment(engine_args: Any) -> None:
-    from vllm.logger import init_logger
-
-    value = os.environ.get(register.ENV_BACKEND, "").strip()
-    explicit = engine_args.attention_backend or engine_args.attention_config.backend
-    if not value:
-        return
-    if not register.selected_by_environment():
-        init_logger("vllm.kakeya").warning_once(
-            "%s=%s has no effect: vLLM no longer reads this variable and the KAKEYA plugin only "
-            "answers to %s. Use --attention-backend",
-            register.ENV_BACKEND,
-            value,
-            register.NAME,
-        )
-    elif explicit is None:
-        engine_args.attention_backend = register.NAME
 
 
 def _prepare(vllm_config: Any) -> None:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from kakeya_vllm import banner, config, lib, rope, support
+from kakeya_vllm import banner, config, lib, metrics, rope, support
 from kakeya_vllm.config import ConfigError, Settings
 from kakeya_vllm.cuda import CudaWorker
 from kakeya_vllm.open_blocks import OpenBlocks, lookback_tokens, pool_size
@@ -32,6 +32,7 @@ class Runtime:
         self.open_blocks: OpenBlocks | None = None
         self.cuda: CudaWorker | None = None
         self.verifier: Verifier | None = None
+        self.metrics: metrics.WorkerMetrics | None = None
 
     @classmethod
     def for_worker(cls, worker: Any, settings: Settings) -> Runtime:
@@ -68,12 +69,15 @@ class Runtime:
             self.cuda.bind(kv_cache_config.num_blocks)
         if self.verifier is not None:
             self.verifier.open_blocks = self.open_blocks
+        self.metrics = metrics.of_worker(self, kv_cache_config)
         banner.log(self, kv_cache_config)
 
     def before_step(self, scheduler_output: Any) -> None:
         """Follow the requests of one SchedulerOutput, before the model runs it."""
         if self.open_blocks is not None:
             self.open_blocks.update(scheduler_output)
+            if self.metrics is not None:
+                self.metrics.update(self.open_blocks)
         if self.cuda is not None:
             self.cuda.before_step(self.open_blocks)
         if self.verifier is not None:

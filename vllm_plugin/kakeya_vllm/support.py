@@ -11,11 +11,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from kakeya_vllm import config, lib, version
+from kakeya_vllm import config, lib, register, version
 from kakeya_vllm.lib import BLOCK_TOKENS
 
-# Drafts from these methods come without a model, so no layer of a drafter needs a cache.
+# Where drafts may come from: without a model, or from one with layers of its own. To those vLLM
+# gives a backend of its own choice, so they keep the stock cache.
 MODEL_FREE_SPECULATION = ("ngram", "suffix")
+DRAFT_MODELS = ("draft_model", "eagle")
 
 
 class UnsupportedFeature(ValueError):
@@ -34,6 +36,13 @@ def layer_index(prefix: str) -> int | None:
     """
     numbers = [part for part in prefix.split(".") if part.isdigit()]
     return int(numbers[0]) if len(numbers) == 1 else None
+
+
+def is_draft_layer(name: str, num_layers: int) -> bool:
+    """Whether an attention layer of the engine belongs to a draft model: vLLM calls it so, or
+    numbers it after the ``num_layers`` layers of the model."""
+    index = layer_index(name)
+    return name.startswith("draft_model.") or (index is not None and index >= num_layers)
 
 
 def windowed_layers(text_config: Any) -> tuple[int, ...]:
@@ -237,15 +246,38 @@ def _speculative_features(vllm_config: Any) -> list[str]:
         return []
     from kakeya_vllm.open_blocks import lookback_tokens
 
-    if speculative.method not in MODEL_FREE_SPECULATION:
-        return [
-            f"speculative decoding with {speculative.method} (valid: "
-            f"{', '.join(MODEL_FREE_SPECULATION)}; a draft model's own layers have no recipe)"
-        ]
+    if speculative.method in DRAFT_MODELS:
+        if found := _draft_model_features(vllm_config):
+            return found
+    elif speculative.method not in MODEL_FREE_SPECULATION:
+        valid = ", ".join((*MODEL_FREE_SPECULATION, *DRAFT_MODELS))
+        return [f"speculative decoding with {speculative.method} (valid: {valid})"]
     drafts = speculative.num_speculative_tokens
     if drafts + 1 + lookback_tokens(vllm_config) > BLOCK_TOKENS:
         return [f"{drafts} speculative tokens (at most two blocks of a sequence may be open)"]
     return []
+
+
+def _draft_model_features(vllm_config: Any) -> list[str]:
+    from vllm.platforms import current_platform
+
+    attention = vllm_config.attention_config
+    found = []
+    if not current_platform.is_cpu():
+        method = vllm_config.speculative_config.method
+        found.append(f"speculative decoding with {method} on a GPU (not tried)")
+    models = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
+    if any(windowed_layers(x.hf_text_config) or x.get_sliding_window() for x in models):
+        found.append("a draft model where either model has sliding-window layers (not tried)")
+    # vLLM hands backend_per_kind on to the draft model, and does not hand on the backend.
+    backends = [vllm_config.speculative_config.attention_backend]
+    backends += (attention.backend_per_kind or {}).values()
+    if any(register.is_ours(backend) for backend in backends):
+        found.append(
+            "KAKEYA for the layers of a draft model, which have no recipe (select it with "
+            "--attention-backend, which is for the model only)"
+        )
+    return found
 
 
 def check_impl(
