@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from kakeya_vllm import config, lib, version
+from kakeya_vllm import config, lib, transfer, version
 from kakeya_vllm.lib import BLOCK_TOKENS
 
 # Drafts from these methods come without a model, so no layer of a drafter needs a cache.
@@ -46,6 +46,7 @@ def check_config(vllm_config: Any) -> None:
         *platform(vllm_config),
         *_model_features(vllm_config.model_config),
         *_cache_features(vllm_config, block),
+        *transfer.features(vllm_config, seed=seed is not None),
         *_parallel_features(vllm_config.parallel_config),
         *_replicated_heads(vllm_config),
         *_speculative_features(vllm_config),
@@ -119,6 +120,9 @@ def check_settings(settings: Any, vllm_config: Any) -> None:
 
     if settings.verify and settings.seed is not None:
         raise UnsupportedFeature([f"KAKEYA_VERIFY=1 with recipe {settings.seed.name}"])
+    if settings.verify and vllm_config.kv_transfer_config is not None:
+        # Loaded pages were not sealed here, so there is no checksum to hold them to.
+        raise UnsupportedFeature(["KAKEYA_VERIFY=1 with a KV connector"])
     if settings.verify and not current_platform.is_cpu():
         mode = vllm_config.compilation_config.cudagraph_mode
         if getattr(mode, "name", "NONE") != "NONE":
@@ -184,10 +188,6 @@ def _cache_features(vllm_config: Any, block: int) -> list[str]:
         )
     if cache.kv_sharing_fast_prefill:
         found.append("kv_sharing_fast_prefill")
-    if vllm_config.kv_transfer_config is not None:
-        found.append("KV connectors (kv_transfer_config)")
-    if getattr(cache, "kv_offloading_size", None):
-        found.append("KV offloading (kv_offloading_size)")
     kinds = vllm_config.attention_config.backend_per_kind or {}
     if kinds and set(kinds) != {"full_attention"}:
         found.append(
