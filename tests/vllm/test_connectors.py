@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 from engines import BLOCK, Engine, Run, assert_same_run, engine, run_elsewhere, tokens
-from kakeya_vllm import transfer
+from kakeya_vllm import support, transfer
 from kakeya_vllm.config import ConfigError
 from kakeya_vllm.page_folder import PageFolder, UnusablePage
 
-OPTIONS = {"skip_tokenizer_init": True, "dtype": engines.exact_dtype()}
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "dtype": engines.exact_dtype(),
+    "max_num_batched_tokens": 160,  # a block may be of two steps
+}
 MODE = {} if engines.on_gpu() else {"KAKEYA_PREFILL": "sealed"}
 SPAWNED = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -28,8 +32,9 @@ SPAWNED = {
 # Two blocks and a half; exactly two blocks, of which one is loaded; no full block.
 PROMPTS = [tokens(300, 320), tokens(301, 256), tokens(302, 60)]
 HITS = [256, 128, 0]
-# Enough to take every block of a cache of 9.
-OTHERS = [tokens(seed, 480) for seed in (330, 331, 332)]
+# Enough to take every block of a cache of 9, whichever vLLM gives out first.
+OTHERS = [tokens(seed, 480) for seed in range(330, 334)]
+SMALL = {"num_gpu_blocks_override": 9, "max_model_len": 512, "max_num_batched_tokens": 4096}
 COUNT = 12
 LAYERS, HEADS, DIM = 4, 2, 128
 
@@ -143,7 +148,7 @@ def test_blocks_come_back_after_they_were_evicted(tiny: Path, tmp_path: Path) ->
     """One engine with a cache of 9 blocks, pages in memory (a folder in /dev/shm would be), and a
     boundary layer, whose K and V travel with the pages."""
     env = MODE | {"KAKEYA_BOUNDARY_SKIP_LAYERS": "3"}
-    options = connected(tmp_path) | {"num_gpu_blocks_override": 9, "max_model_len": 512}
+    options = connected(tmp_path) | SMALL
     first = tokens(310, 300)
     with engine(tiny, env, **options) as made:
         (before,) = made.run([first], 90)  # 390 tokens: a block is filled while decoding
@@ -227,7 +232,9 @@ def test_another_recipe_finds_nothing(tiny: Path, prefilled: dict[str, Any]) -> 
     """Pages of the same size that mean something else."""
     env = MODE | {"KAKEYA_RECIPE": "kakeya-free-4.6x-lloyd-max"}
     with engine(tiny, env, **connected(prefilled["folder"], "kv_consumer")) as made:
-        assert [run.cached for run in made.run(PROMPTS, 1)] == [0, 0, 0]
+        runs = made.run(PROMPTS, 1)
+    assert [run.cached for run in runs] == [0, 0, 0]
+    assert [len(run.tokens) for run in runs] == [1, 1, 1], "nothing failed either"
 
 
 def a_page(folder: Path) -> tuple[PageFolder, bytes, torch.Tensor]:
@@ -275,6 +282,23 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         assert reason in str(error.value)
         assert str(place) in str(error.value)
         assert not place.exists()
+
+
+@pytest.mark.cpu_only
+def test_pages_that_cannot_be_kept(
+    tiny: Path, alone: list[Run], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine goes on, and says so once."""
+    with (
+        caplog.at_level("WARNING", "vllm.kakeya"),
+        engine(tiny, MODE, **connected(tmp_path, "kv_producer")) as made,
+    ):
+        (directory,) = tmp_path.iterdir()
+        shutil.rmtree(directory)
+        directory.write_text("in the way")
+        runs = made.run(PROMPTS, COUNT)
+    assert [(r.tokens, r.logprobs) for r in runs] == [(r.tokens, r.logprobs) for r in alone]
+    assert caplog.text.count("KAKEYA pages cannot be kept") == 1
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
@@ -331,15 +355,20 @@ def test_on_a_gpu_it_is_said_what_was_not_tried(monkeypatch: pytest.MonkeyPatch)
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
-    config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector="OffloadingConnector"))
-    (warning,) = transfer.adopt(config)
-    assert "not run on a GPU" in warning
-    assert config.kv_transfer_config.kv_connector == "KakeyaOffloadingConnector"
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector="OffloadingConnector"),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=2),
+    )
+    transfer.adopt(config)
+    assert support.untried(config) == [
+        "the KV connector KakeyaOffloadingConnector has not run on a GPU with KAKEYA so far",
+        "pipeline parallelism has not run on a GPU with KAKEYA so far",
+    ]
 
 
 # --- vLLM's own offloading ----------------------------------------------------------------------
 
-OFFLOADED = {"kv_offloading_size": 0.125, "num_gpu_blocks_override": 9, "max_model_len": 512}
+OFFLOADED = OPTIONS | SMALL | {"kv_offloading_size": 0.125}
 
 
 def offload_and_return(made: Engine) -> None:
@@ -362,7 +391,7 @@ def offload_and_return(made: Engine) -> None:
 
 @pytest.mark.gpu
 def test_pages_are_offloaded_to_cpu_memory(tiny: Path) -> None:
-    with engine(tiny, **OPTIONS | OFFLOADED) as made:
+    with engine(tiny, **OFFLOADED) as made:
         offload_and_return(made)
 
 
@@ -374,7 +403,7 @@ def test_vllms_offloading_with_another_copy(tiny: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(transfer, "features", lambda *_, **__: [])  # refused without a GPU
     monkeypatch.setattr(CPUOffloadingSpec, "get_worker", lambda _, caches: Copies(caches))
-    with engine(tiny, MODE, **OPTIONS | OFFLOADED) as made:
+    with engine(tiny, MODE, **OFFLOADED) as made:
         config = made.llm.llm_engine.vllm_config.kv_transfer_config
         assert config.kv_connector == "KakeyaOffloadingConnector"
         offload_and_return(made)

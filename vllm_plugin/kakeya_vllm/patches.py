@@ -117,7 +117,8 @@ def _prepare(vllm_config: Any) -> None:
         vllm_config.cache_config.block_size = settings.block_tokens
         vllm_config.cache_config.user_specified_block_size = True
     runtime.check_artefact(vllm_config, settings)
-    for warning in (*settings.warnings, *transfer.adopt(vllm_config)):
+    transfer.adopt(vllm_config)
+    for warning in (*settings.warnings, *support.untried(vllm_config)):
         logger.warning("%s", warning)
     if isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config = {

@@ -55,6 +55,20 @@ def check_config(vllm_config: Any) -> None:
         raise UnsupportedFeature(features)
 
 
+def untried(vllm_config: Any) -> list[str]:
+    """What is not refused and has not been tried either, to be said in the log."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return []
+    found = []
+    if vllm_config.kv_transfer_config is not None:
+        found.append(f"the KV connector {vllm_config.kv_transfer_config.kv_connector}")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        found.append("pipeline parallelism")
+    return [f"{feature} has not run on a GPU with KAKEYA so far" for feature in found]
+
+
 def _seed_features(name: str, vllm_config: Any) -> list[str]:
     """What a recipe of the seed does not do and others do."""
     from vllm.platforms import current_platform

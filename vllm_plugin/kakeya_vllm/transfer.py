@@ -97,15 +97,8 @@ def _offloading_features(extra: dict[str, Any]) -> list[str]:
     return found
 
 
-def adopt(vllm_config: Any) -> list[str]:
-    """Put the bounded connector in the place of vLLM's; gives warnings to be logged."""
-    from vllm.platforms import current_platform
-
+def adopt(vllm_config: Any) -> None:
+    """Put the bounded connector in the place of vLLM's OffloadingConnector."""
     transfer = vllm_config.kv_transfer_config
-    if transfer is None:
-        return []
-    if transfer.kv_connector == _VLLM_OFFLOADING:
+    if transfer is not None and transfer.kv_connector == _VLLM_OFFLOADING:
         transfer.kv_connector = OFFLOADING
-    if current_platform.is_cpu():
-        return []
-    return [f"KV connectors have not run on a GPU with KAKEYA so far ({transfer.kv_connector})"]
