@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -195,6 +196,37 @@ def test_drafts_are_never_kept(tiny: Path, tmp_path: Path) -> None:
     assert len(found) == 3 * HEADS  # 1 block of 180 tokens, 2 of 305; none in the prompts of 1
     kept = {path.read_bytes()[-LAYERS * 14240 :][:14240].hex() for path in found}
     assert kept == {page for block in done["pages"][0]["0"] for page in block}
+
+
+@pytest.mark.cpu_only
+def test_answers_stay_the_same_under_load(tiny: Path, tmp_path: Path) -> None:
+    """Shared prefixes, chunks, evictions and preemption in a cache of 12 blocks, and, from the
+    second round on, files that were damaged between: every answer is bit for bit the one alone."""
+    rng = random.Random(7)
+    bases = [tokens(400 + i, 400) for i in range(4)]
+    requests = [
+        (rng.choice(bases)[: rng.choice([0, 100, 128, 256, 384])] + tokens(500 + i, size), count)
+        for i in range(40)
+        for size, count in [(rng.randrange(1, 120), rng.randrange(1, 60))]
+    ]
+    prompts, counts = [p for p, _ in requests], [n for _, n in requests]
+    with engine(tiny, MODE, enable_prefix_caching=False, **OPTIONS) as made:
+        expected = made.run(prompts, counts)
+    small = {"num_gpu_blocks_override": 12, "max_num_seqs": 6, "max_model_len": 640}
+    options = connected(tmp_path, kv_load_failure_policy="recompute") | small
+    hits = []
+    with engine(tiny, MODE, **options) as made:
+        for _ in range(2):
+            runs = made.run(prompts, counts)
+            assert [(a.tokens, a.logprobs) for a in runs] == [
+                (b.tokens, b.logprobs) for b in expected
+            ]
+            hits.append(made.counter("vllm:external_prefix_cache_hits"))
+            damaged = files(tmp_path)[::7]
+            for path in damaged:
+                path.write_bytes(path.read_bytes()[:-3000])
+        assert made.counter("vllm:num_preemptions") > 0
+    assert hits[0] < hits[1]
 
 
 # --- what is not used ---------------------------------------------------------------------------

@@ -204,8 +204,9 @@ class _Plan:
             if full > kept:
                 ids = manager.get_block_ids(name)[0]
                 new = [(ids[i], request.block_hashes[i]) for i in range(kept, full)]
-                transfers.stores += [(i, block) for i, block in new if not self._folder.has(block)]
-                self._unusable.difference_update(block for _, block in new)
+                missing = [(i, block) for i, block in new if not self._folder.has(block)]
+                transfers.stores += missing
+                self._unusable.difference_update(block for _, block in missing)
                 self._kept[name] = full
         return transfers
 
