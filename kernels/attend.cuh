@@ -283,6 +283,7 @@ struct Attend {
 
   KAKEYA_D void gather(float (&s)[kScores]) const;
   KAKEYA_D void gather_slots(uint32_t page, float (&s)[kScores]) const;
+  KAKEYA_D void bend(float (&s)[kScores], float unit) const;
   KAKEYA_D void hide_rows(float (&s)[kScores]) const;
   template <bool RAW>
   KAKEYA_D void store_probs(const float (&s)[kScores]) const;
@@ -329,7 +330,7 @@ struct Attend {
   }
 
   KAKEYA_D void flush(const AttendCursor &c, bool whole, int item_begin, int item_end);
-  KAKEYA_D void write_row(const AttendCursor &c, int row, const float (&x)[kLane], float factor) const;
+  KAKEYA_D void write_row(const AttendCursor &c, int row, const float (&x)[kLane], float maximum, float total) const;
   KAKEYA_D void merge(const AttendCursor &c, int item, int rows, int64_t records, int item_begin, int item_end);
 
   // ---- all of it: attend_run.cuh -----------------------------------------------------------------------------------

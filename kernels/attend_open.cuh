@@ -50,7 +50,13 @@ KAKEYA_D void Attend<D, Q, ROWS>::open_block(const AttendCursor &c, int index) {
   }
   __syncthreads();
   gather(s);
-  const float unit = p.scale * 1.4426950408889634f;
+  float unit = p.scale * 1.4426950408889634f;
+  if (p.soft_cap > 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s[i] *= unit;
+    bend(s, 1.0f);
+    unit = 1.0f;
+  }
 #pragma unroll
   for (int h = 0; h < 2 * S::kWarpTiles; ++h) {
     const int token = my_token(h / 2, h % 2);

@@ -58,7 +58,7 @@ KAKEYA_D void Attend<D, Q, ROWS>::flush(const AttendCursor &c, bool whole, int i
     for (int i = 0; i < kLane; ++i) x[i] = x[i] * root + lds_f32(plain + (row * D + kLane * lane + i) * 4);
     const float maximum = lds_f32(totals + row * 8), total = lds_f32(totals + row * 8 + 4);
     if (whole) {
-      write_row(c, row, x, 1.0f / total);
+      write_row(c, row, x, maximum, total);
     } else {
 #pragma unroll
       for (int i = 0; i < kLane; ++i) record[row * D + kLane * lane + i] = x[i];
@@ -69,13 +69,17 @@ KAKEYA_D void Attend<D, Q, ROWS>::flush(const AttendCursor &c, bool whole, int i
   __syncthreads();
 }
 
+// A row's weighted sum of values, whose weights are relative to `maximum` and add up to `total`. A sink is one more
+// weight without a value; one far above all scores makes the sum infinite and the row zero.
 template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::write_row(const AttendCursor &c, int row, const float (&x)[kLane],
-                                            float factor) const {
-  const int r = chunk_row + row;
+KAKEYA_D void Attend<D, Q, ROWS>::write_row(const AttendCursor &c, int row, const float (&x)[kLane], float maximum,
+                                            float total) const {
+  const int r = chunk_row + row, head = c.head * p.group + r % p.group;
   uint16_t *at = static_cast<uint16_t *>(p.out) +
                  int64_t(p.query_start[c.sequence] + r / p.group) * p.out_token_stride +
-                 int64_t(c.head * p.group + r % p.group) * p.out_head_stride + kLane * lane;
+                 int64_t(head) * p.out_head_stride + kLane * lane;
+  if (p.sinks) total += exp2_fast(fmaf(p.sinks[head], 1.4426950408889634f, -maximum));
+  const float factor = 1.0f / total;
 #pragma unroll
   for (int i = 0; i < kLane; i += 2)
     *reinterpret_cast<uint32_t *>(at + i) =
@@ -130,7 +134,7 @@ KAKEYA_D void Attend<D, Q, ROWS>::merge(const AttendCursor &c, int item, int row
     }
 #pragma unroll
     for (int k = 1; k < 32; k *= 2) total_weight += __shfl_xor_sync(~0u, total_weight, k);
-    write_row(c, row, x, 1.0f / total_weight);
+    write_row(c, row, x, maximum, total_weight);
   }
 }
 

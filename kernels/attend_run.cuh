@@ -100,6 +100,7 @@ KAKEYA_D void Attend<D, Q, ROWS>::segment(const AttendCursor &c, int count, int 
 #endif
     gather(s);
     gather_slots(page, s);
+    if (p.soft_cap > 0.0f) bend(s, kScoreUnit);
     const uint32_t now = page;
     if (--left)
       page = next_page<CALIBRATED>(stage, parity, buffer ^ 1);

@@ -38,6 +38,15 @@ KAKEYA_D void Attend<D, Q, ROWS>::gather_slots(uint32_t page, float (&s)[kScores
   }
 }
 
+// Bends scores, in units of log2 times 1 / `unit`: cap * tanh(s / cap) as cap - 2 cap / (e^(2 s / cap) + 1), which is off
+// by 2e-7 of the cap.
+template <int D, int Q, int ROWS>
+KAKEYA_D void Attend<D, Q, ROWS>::bend(float (&s)[kScores], float unit) const {
+  const float cap = p.soft_cap * (1.4426950408889634f / unit), steep = 2.0f * 1.4426950408889634f / cap;
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) s[i] = cap - __fdividef(2.0f * cap, exp2_fast(s[i] * steep) + 1.0f);
+}
+
 // Takes the item's last page from the rows whose tokens lie in it: they read it as the open block that it also is.
 template <int D, int Q, int ROWS>
 KAKEYA_D void Attend<D, Q, ROWS>::hide_rows(float (&s)[kScores]) const {

@@ -554,6 +554,18 @@ typedef struct {
   float *lse;
 } kakeya_attend_args;
 
+// What some models add to attention, for kakeya_attend_with and kakeya_cuda_attend_with.
+typedef struct {
+  // sizeof(kakeya_attend_options).
+  uint32_t struct_size;
+  // Scores s = scale * q.k become soft_cap * tanh(s / soft_cap); 0: they stay.
+  float soft_cap;
+  // NULL, or [query heads of the call]: the score of a key without a value, for each query head. It
+  // takes part in the softmax and adds nothing to the output. Of kakeya_cuda_attend_with on the
+  // device.
+  const float *sinks;
+} kakeya_attend_options;
+
 // Attention of a step's queries, after kakeya_write of the same step. Query token i of a sequence
 // sees every token up to itself:
 //
@@ -568,6 +580,13 @@ typedef struct {
 // seq_lens, block_table, strides), NO_OPEN_SLOT, ALIASED, BAD_PAGE (also: a page of another
 // position), WRONG_VERSION (of a page).
 kakeya_status kakeya_attend(const kakeya_codec *codec, const kakeya_attend_args *args);
+
+// kakeya_attend with a soft cap of scores and attention sinks. lse then counts the sink.
+//
+// Errors: as kakeya_attend, and OUT_OF_RANGE (soft_cap, sinks that are not finite).
+kakeya_status kakeya_attend_with(const kakeya_codec *codec,
+                                 const kakeya_attend_args *args,
+                                 const kakeya_attend_options *options);
 
 /* ---------------------------------------------------------------------------------------------- */
 /* 9. CUDA: a step on a GPU */
@@ -848,6 +867,14 @@ kakeya_status kakeya_cuda_seal(const kakeya_cuda *cuda, const kakeya_cuda_write_
 // WRONG_DEVICE, CUDA.
 kakeya_status kakeya_cuda_attend(const kakeya_cuda *cuda,
                                  const kakeya_cuda_attend_args *args);
+
+// kakeya_cuda_attend with a soft cap of scores and attention sinks.
+//
+// Errors: as kakeya_cuda_attend, and OUT_OF_RANGE (soft_cap). Sinks are not looked at: one that is not
+// finite makes its head's output so.
+kakeya_status kakeya_cuda_attend_with(const kakeya_cuda *cuda,
+                                      const kakeya_cuda_attend_args *args,
+                                      const kakeya_attend_options *options);
 
 // Opens pages into dense rows, for prefill that continues a sequence, and for debugging.
 //

@@ -579,6 +579,16 @@ _Static_assert(_Generic(&((kakeya_cuda_open_args *)0)->v_head_stride, int64_t *:
 _Static_assert(offsetof(kakeya_cuda_open_args, stream) == 104, "kakeya_cuda_open_args.stream");
 _Static_assert(sizeof(((kakeya_cuda_open_args *)0)->stream) == 8, "kakeya_cuda_open_args.stream");
 _Static_assert(_Generic(&((kakeya_cuda_open_args *)0)->stream, void **: 1, default: 0), "kakeya_cuda_open_args.stream");
+_Static_assert(sizeof(kakeya_attend_options) == 16, "kakeya_attend_options");
+_Static_assert(offsetof(kakeya_attend_options, struct_size) == 0, "kakeya_attend_options.struct_size");
+_Static_assert(sizeof(((kakeya_attend_options *)0)->struct_size) == 4, "kakeya_attend_options.struct_size");
+_Static_assert(_Generic(&((kakeya_attend_options *)0)->struct_size, uint32_t *: 1, default: 0), "kakeya_attend_options.struct_size");
+_Static_assert(offsetof(kakeya_attend_options, soft_cap) == 4, "kakeya_attend_options.soft_cap");
+_Static_assert(sizeof(((kakeya_attend_options *)0)->soft_cap) == 4, "kakeya_attend_options.soft_cap");
+_Static_assert(_Generic(&((kakeya_attend_options *)0)->soft_cap, float *: 1, default: 0), "kakeya_attend_options.soft_cap");
+_Static_assert(offsetof(kakeya_attend_options, sinks) == 8, "kakeya_attend_options.sinks");
+_Static_assert(sizeof(((kakeya_attend_options *)0)->sinks) == 8, "kakeya_attend_options.sinks");
+_Static_assert(_Generic(&((kakeya_attend_options *)0)->sinks, const float **: 1, default: 0), "kakeya_attend_options.sinks");
 
 int main(void) {
   const char *(*volatile kakeya_status_name_)(int32_t) = kakeya_status_name;
@@ -609,6 +619,8 @@ int main(void) {
   kakeya_status (*volatile kakeya_cuda_seal_)(const kakeya_cuda *, const kakeya_cuda_write_args *) = kakeya_cuda_seal;
   kakeya_status (*volatile kakeya_cuda_attend_)(const kakeya_cuda *, const kakeya_cuda_attend_args *) = kakeya_cuda_attend;
   kakeya_status (*volatile kakeya_cuda_open_)(const kakeya_cuda *, const kakeya_cuda_open_args *) = kakeya_cuda_open;
+  kakeya_status (*volatile kakeya_attend_with_)(const kakeya_codec *, const kakeya_attend_args *, const kakeya_attend_options *) = kakeya_attend_with;
+  kakeya_status (*volatile kakeya_cuda_attend_with_)(const kakeya_cuda *, const kakeya_cuda_attend_args *, const kakeya_attend_options *) = kakeya_cuda_attend_with;
   int missing = 0;
   missing += kakeya_status_name_ == NULL;
   missing += kakeya_last_error_ == NULL;
@@ -638,6 +650,8 @@ int main(void) {
   missing += kakeya_cuda_seal_ == NULL;
   missing += kakeya_cuda_attend_ == NULL;
   missing += kakeya_cuda_open_ == NULL;
+  missing += kakeya_attend_with_ == NULL;
+  missing += kakeya_cuda_attend_with_ == NULL;
   missing += kakeya_abi_version() != 1;
   if (missing == 0) puts("frozen_abi: ok");
   return missing;

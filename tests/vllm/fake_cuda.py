@@ -122,12 +122,16 @@ class FakeCudaCodec:
                 assert slot >= 0, "a block was filled that was not open"
                 pages[block] = pool[slot].transpose(0, 1)
 
-    def attend(self, args: lib.CudaAttendArgs) -> None:
+    def attend(self, args: lib.CudaAttendArgs, options: lib.AttendOptions | None = None) -> None:
         self.calls.append("attend")
         starts, lens, table = self._sequences(args)
         slots = row(args.open_slot, args.num_blocks, torch.int32)
         pages, pool = self._pages(args), self._open_blocks(args)
         heads = self.heads * self.group
+        soft_cap, sinks = 0.0, None
+        if options is not None:
+            soft_cap = options.soft_cap
+            sinks = row(options.sinks, heads, torch.float32) if options.sinks else None
         q, out = (self._tensor(args, name, heads, args.num_tokens) for name in ("q", "out"))
         for s, length in enumerate(lens):
             count = starts[s + 1] - starts[s]
@@ -143,7 +147,8 @@ class FakeCudaCodec:
                 rows.append(pool[int(slots[blocks[own]])])
                 kv = torch.cat(rows, dim=2)[:, :, :end]  # [2, heads, tokens, D]
                 here = slice(starts[s] + first - history, starts[s] + end - history)
-                out[here] = attention(q[here], *kv.transpose(1, 2), args.scale, causal=True)[0]
+                rest = args.scale, True, soft_cap, sinks
+                out[here] = attention(q[here], *kv.transpose(1, 2), *rest)[0]
 
     def open(self, args: lib.CudaOpenArgs) -> None:
         self.calls.append("open")
@@ -155,18 +160,28 @@ class FakeCudaCodec:
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [n, heads, D]; k, v [m, KV heads, D]; the queries are the last of the keys if causal.
-    Returns out and log-sum-exp [heads, n]."""
+    Returns out and log-sum-exp [heads, n], the sinks in both."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
     scores = torch.einsum("nhd,mhd->hnm", q.float(), k) * scale
     n, m = scores.shape[1:]
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     if causal:
         mask = torch.arange(m) > torch.arange(m - n, m)[:, None]
         scores = scores.masked_fill(mask, float("-inf"))
-    out = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, n, 1)], dim=-1)
+    out = torch.einsum("hnm,mhd->nhd", scores.softmax(-1)[..., :m], v)
     return out.to(q.dtype), scores.logsumexp(-1)
 
 
@@ -180,7 +195,8 @@ def flash_attention(**a: Any) -> Any:
     sums = []
     for i in range(len(qs) - 1):
         rows, keys = slice(qs[i], qs[i + 1]), slice(ks[i], ks[i + 1])
-        result, lse = attention(q[rows], k[keys], v[keys], a["softmax_scale"], a["causal"])
+        rest = a["softmax_scale"], a["causal"], a["softcap"]
+        result, lse = attention(q[rows], k[keys], v[keys], *rest)
         out[rows] = result
         sums.append(lse)
     return (out, torch.cat(sums, 1)) if a["return_softmax_lse"] else out

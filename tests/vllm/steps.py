@@ -43,6 +43,8 @@ class Engine:
         dim: int = DIM,
         dtype: torch.dtype = torch.bfloat16,
         repeatable: bool = False,
+        soft_cap: float = 0.0,
+        with_sinks: bool = False,
     ) -> None:
         """``repeatable``: a request's tokens are the same however they come in steps."""
         config = settings(drafts)
@@ -66,7 +68,18 @@ class Engine:
         pool = torch.full((num_open + 1, 2, heads, BLOCK, dim), float("nan"), dtype=dtype)
         pool[num_open] = 0
         self.scale = dim**-0.5
-        self.layer = cuda.CudaLayer(self.worker, pool.to(self.device), 0, 0, self.scale)
+        self.soft_cap = soft_cap
+        # From hardly seen to more than all keys.
+        self.sinks = torch.linspace(-2.0, 7.0, heads * group) if with_sinks else None
+        self.layer = cuda.CudaLayer(
+            self.worker,
+            pool.to(self.device),
+            0,
+            0,
+            self.scale,
+            soft_cap=soft_cap,
+            sinks=None if self.sinks is None else self.sinks.to(self.device),
+        )
         page = codec.page_bytes(0) if codec else self.worker.codec.page_bytes
         self.pages = torch.zeros(num_blocks, heads, 1, page, dtype=torch.uint8, device=self.device)
         self.free = list(range(num_blocks - 1, 0, -1))
@@ -192,7 +205,8 @@ class Engine:
         return torch.cat(parts)
 
     def _causal(self, q: torch.Tensor, keys_values: torch.Tensor) -> torch.Tensor:
-        return fake_cuda.attention(q, *keys_values, self.scale, causal=True)[0]
+        rest = self.scale, True, self.soft_cap, self.sinks
+        return fake_cuda.attention(q, *keys_values, *rest)[0]
 
     def _as_read(self, name: str, history: int) -> torch.Tensor:
         """K and V as a token sees them that reads pages for what history's full blocks hold."""

@@ -32,6 +32,15 @@ def test_prompts_chunks_and_decoding_in_one_batch() -> None:
     assert engine.computed == {"a": 303, "b": 256, "c": 801, "d": 129, "e": 2}
 
 
+@pytest.mark.parametrize(("soft_cap", "with_sinks"), [(1.5, False), (0.0, True), (1.5, True)])
+def test_soft_caps_and_sinks(soft_cap: float, with_sinks: bool) -> None:
+    """Fresh prompts, a history in pieces, decoding: a sink counts once in each."""
+    engine = Engine(soft_cap=soft_cap, with_sinks=with_sinks)
+    engine.step({"a": 700, "b": 128})
+    engine.step({"a": 90, "b": 1, "c": 40})
+    engine.step({"a": 1, "b": 1, "c": 1}, pad_seqs=1, pad_tokens=1)
+
+
 def test_history_is_read_in_pieces() -> None:
     engine = Engine()
     engine.step({"a": 900})

@@ -39,6 +39,20 @@ def test_prompts_chunks_and_decoding(recipe: str, heads: int, group: int, dim: i
     made.step({"a": 1, "b": 126, "c": 1, "d": 1, "e": 2}, slack=3, pad_seqs=3, pad_tokens=5)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("heads", "group", "dim"), [(2, 3, 64), (2, 4, 128), (1, 1, 256)])
+@pytest.mark.parametrize(("soft_cap", "with_sinks"), [(1.5, False), (0.0, True), (1.5, True)])
+def test_soft_caps_and_sinks(
+    recipe: str, heads: int, group: int, dim: int, soft_cap: float, with_sinks: bool
+) -> None:
+    shape = {"heads": heads, "group": group, "dim": dim}
+    options = {"soft_cap": soft_cap, "with_sinks": with_sinks}
+    made = Engine(drafts=1, codec=codec(recipe, **shape), **shape, **options)
+    made.step({"a": 300, "b": 127})
+    made.step({"a": 2, "b": 2, "c": 500})
+    made.step({"a": 1, "b": 1, "c": 300, "d": 2}, pad_seqs=2, pad_tokens=2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_blocks_fill_while_decoding(dtype: torch.dtype) -> None:
     made = Engine(codec=codec(RECIPES[0], 2, 2, 64), dtype=dtype)

@@ -23,7 +23,8 @@ def soak(*arguments: str) -> tuple[int, dict[str, Any], str]:
         timeout=800,
         check=False,
     )
-    lines = done.stdout.splitlines()
+    # vLLM's log may follow the figures there.
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert lines, done.stderr[-8000:]
     return done.returncode, json.loads(lines[-1]), done.stderr[-8000:]
 

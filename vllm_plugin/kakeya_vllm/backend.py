@@ -33,6 +33,10 @@ class KakeyaBackend(AttentionBackend):
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16"]
+    # Bytes of a block of one layer, where the engine that is being built shares its blocks with
+    # sliding-window layers (Runtime sets it); None: what the pages take. Of the class because vLLM
+    # asks the class.
+    shared_block_bytes: ClassVar[int | None] = None
 
     @staticmethod
     def get_name() -> str:
@@ -59,6 +63,10 @@ class KakeyaBackend(AttentionBackend):
         return attn_type == AttentionType.DECODER
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return True  # which ones, says transfer.py
 
@@ -78,12 +86,15 @@ class KakeyaBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """One state of P bytes a block and KV head instead of 128 states of K and V."""
         page_bytes = lib.load().recipe_page_bytes(config.current().recipe, spec.head_size)
-        return replace(
+        packed = replace(
             spec,
             dtype=torch.uint8,
             state_content_bytes=page_bytes,
             tokens_per_state=lib.BLOCK_TOKENS,
         )
+        if cls.shared_block_bytes is None or spec.block_size != lib.BLOCK_TOKENS:
+            return packed
+        return replace(packed, page_size_padded=cls.shared_block_bytes)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

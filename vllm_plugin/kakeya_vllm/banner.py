@@ -38,21 +38,27 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     vllm_config, settings = runtime.vllm_config, runtime.settings
     specs = layer_specs(kv_cache_config)
     dtype = vllm_config.model_config.dtype
-    before, after = bytes_per_token(list(specs.values()), dtype.itemsize)
+    growing = {n: s for n, s in specs.items() if getattr(s, "sliding_window", None) is None}
+    before, after = bytes_per_token(list(growing.values()), dtype.itemsize)
     compressed = [layer_index(name) for name in runtime.layers]
-    kept = [layer_index(name) for name in specs if name not in runtime.layers]
+    kept = [layer_index(name) for name in growing if name not in runtime.layers]
+    windowed = [name for name in specs if name not in growing]
     pool = sum(layer.impl.open_pool.nbytes for layer in runtime.layers.values())
     slots = runtime.open_blocks.num_open if runtime.open_blocks else 0
     groups = kv_cache_config.kv_cache_groups
-    block_size = groups[0].kv_cache_spec.block_size if groups else lib.BLOCK_TOKENS
-    tokens = kv_cache_config.num_blocks * block_size
+    block_size = groups[runtime.group].kv_cache_spec.block_size if groups else lib.BLOCK_TOKENS
+    capacity = f"{kv_cache_config.num_blocks * block_size} tokens in {kv_cache_config.num_blocks} "
+    capacity += f"blocks of {block_size}"
+    if windowed:
+        capacity = _shared_capacity(vllm_config, kv_cache_config)
     library = lib.load()
     name = str(dtype).removeprefix("torch.")
     calibrated = settings.calibration or "no (calibration-free recipe)"
     per_token = "none on this worker"
     if after:
         ratio = f"{before / after:.2f}x"
-        per_token = f"{before:.0f} in {name} -> {after:.1f}, all layers ({ratio})"
+        which = "full-attention layers" if windowed else "all layers"
+        per_token = f"{before:.0f} in {name} -> {after:.1f}, {which} ({ratio})"
     buffers = []
     if runtime.cuda is not None:
         size = _gib(runtime.cuda.nbytes)
@@ -66,14 +72,37 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
         f"  calibrated        {calibrated}",
         f"  layers            {len(compressed)} compressed: {_layers(compressed)}; "
         f"{len(kept)} stock {name}: {_layers(kept)}",
+        *([f"  windows           {_windows(specs, windowed)}"] if windowed else []),
         f"  bytes per token   {per_token}",
         f"  prefill           {settings.prefill}",
         *(["  verify            on: pages and outputs are checked"] if settings.verify else []),
         f"  open blocks       {slots} slots, {_gib(pool)} for all layers",
         *buffers,
-        f"  capacity          {tokens} tokens in {kv_cache_config.num_blocks} blocks of "
-        f"{block_size}",
+        f"  capacity          {capacity}",
     ]
+
+
+def _windows(specs: dict[str, Any], windowed: list[str]) -> str:
+    """What the sliding-window layers keep: their own dtype, in blocks of as many bytes as ours."""
+    spec = specs[windowed[0]]
+    used = spec.unpadded_page_size_bytes / spec.page_size_bytes
+    return (
+        f"{len(windowed)} sliding-window layers keep the stock cache of {spec.sliding_window} "
+        f"tokens, {spec.block_size} a block ({used:.0%} of its bytes)"
+    )
+
+
+def _shared_capacity(vllm_config: Any, kv_cache_config: Any) -> str:
+    """Layers of several kinds draw from one pool: how many tokens fit depends on how long requests
+    are. vLLM's own figure is for the longest."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    longest = vllm_config.model_config.max_model_len
+    fit = get_max_concurrency_for_kv_cache_config(vllm_config, kv_cache_config)
+    return (
+        f"{int(fit * longest)} tokens in requests of {longest} "
+        f"({kv_cache_config.num_blocks} blocks that all kinds of layers share)"
+    )
 
 
 def layer_specs(kv_cache_config: Any) -> dict[str, Any]:

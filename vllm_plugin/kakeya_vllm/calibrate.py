@@ -264,7 +264,9 @@ class Capture:
     statistics."""
 
     def __init__(self, model, hf_config):
-        self.layers = engine.attention_layers(model)
+        found = engine.compressed_layers(model)
+        self.numbers = [number for number, _, _ in found]  # of the layers, in the model
+        self.layers = [(name, module) for _, name, module in found]
         if not self.layers:
             raise SystemExit("kakeya: the model has no attention layers that KAKEYA could serve")
         shapes = {(m.num_kv_heads, m.num_heads, m.head_size) for _, m in self.layers}
@@ -373,10 +375,13 @@ def collect(
                         progress.save(second, i + 1, capture.state())
                 bar.update(len(passage))
     results = [statistics.result() for statistics in capture.statistics]
-    tensors = {
-        name: torch.stack([r[name] for r in results]).float().cpu().contiguous()
-        for name in results[0]
-    }
+    layers = llm.llm_engine.vllm_config.model_config.get_total_num_hidden_layers()
+    tensors = {}
+    for name, first in results[0].items():
+        # Layers that are not compressed stay zero: the codec is never asked for them.
+        tensors[name] = torch.zeros(layers, *first.shape)
+        for number, result in zip(capture.numbers, results, strict=True):
+            tensors[name][number] = result[name].float().cpu()
     try:
         check(tensors)
     except SystemExit:
@@ -387,7 +392,7 @@ def collect(
     heads, query_heads, dim = capture.shape
     return tensors, {
         "tokens": str(tokens),
-        "num_layers": str(len(results)),
+        "num_layers": str(layers),
         "num_kv_heads": str(heads),
         "num_q_heads": str(query_heads),
         "head_dim": str(dim),

@@ -333,11 +333,23 @@ class CudaLayer:
     """One layer's step: write, then attend."""
 
     def __init__(
-        self, worker: CudaWorker, open_pool: torch.Tensor, layer: int, first_head: int, scale: float
+        self,
+        worker: CudaWorker,
+        open_pool: torch.Tensor,
+        layer: int,
+        first_head: int,
+        scale: float,
+        *,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> None:
+        """``soft_cap``: of scores, 0 for none; ``sinks``: float32 [query heads], on the device."""
         self.worker = worker
         self.pool = open_pool
         self.scale = scale
+        self.soft_cap = soft_cap
+        self.sinks = sinks
+        self._options = attend_options(soft_cap, sinks)
         self._write = lib.CudaWriteArgs(struct_size=ctypes.sizeof(lib.CudaWriteArgs))
         self._attend = lib.CudaAttendArgs(struct_size=ctypes.sizeof(lib.CudaAttendArgs))
         self._open = lib.CudaOpenArgs(struct_size=ctypes.sizeof(lib.CudaOpenArgs))
@@ -380,7 +392,7 @@ class CudaLayer:
                     step, prefill, query[rows], key[rows], value[rows], kv_cache, output[rows]
                 )
             else:
-                self._flash(
+                result = self._flash(
                     query[rows],
                     key[rows],
                     value[rows],
@@ -390,7 +402,10 @@ class CudaLayer:
                     prefill.longest,
                     causal=True,
                     out=output[rows],
+                    want_lse=self.sinks is not None,
                 )
+                if self.sinks is not None:
+                    self._add_sinks(output[rows], result[1])
 
     def write(
         self,
@@ -443,7 +458,16 @@ class CudaLayer:
         args.open_slot = step.open_slot.data_ptr()
         args.plan = step.plan.data_ptr()
         args.stream = current_stream(self.worker.device)
-        self.worker.codec.attend(args)
+        self.worker.codec.attend(args, self._options)
+
+    def _add_sinks(self, output: torch.Tensor, lse: torch.Tensor) -> None:
+        """Give the sinks their share of each row's softmax. output [rows, heads, D]; lse, of the
+        scores without sinks, [heads, rows].
+
+        For all prompts in one way, rather than by FlashAttention's own parameter, which counts a
+        sink in every piece of a history.
+        """
+        output.mul_(torch.sigmoid(lse.transpose(0, 1) - self.sinks)[..., None])
 
     def _continue(
         self,
@@ -468,9 +492,11 @@ class CudaLayer:
             )
             last = index + 1 == len(prefill.pieces)
             merged = output if last else torch.empty_like(part)
-            merged_lse = None if last else torch.empty_like(lse)
+            merged_lse = None if last and self.sinks is None else torch.empty_like(lse)
             merge_attention(merged, piece, piece_lse, part, lse, merged_lse)
             part, lse = merged, merged_lse
+        if self.sinks is not None:
+            self._add_sinks(output, lse)
 
     def _open_history(
         self,
@@ -530,10 +556,22 @@ class CudaLayer:
             max_seqlen_q=longest_query,
             max_seqlen_k=longest_key,
             softmax_scale=self.scale,
+            softcap=self.soft_cap,
             causal=causal,
             out=out,
             return_softmax_lse=want_lse,
         )
+
+
+def attend_options(soft_cap: float, sinks: torch.Tensor | None) -> lib.AttendOptions | None:
+    """What libkakeya takes of a layer's soft cap and sinks; None if it has neither."""
+    if not soft_cap and sinks is None:
+        return None
+    return lib.AttendOptions(
+        struct_size=ctypes.sizeof(lib.AttendOptions),
+        soft_cap=soft_cap,
+        sinks=None if sinks is None else sinks.data_ptr(),
+    )
 
 
 def current_stream(device: torch.device) -> int:

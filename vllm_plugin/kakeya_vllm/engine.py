@@ -131,6 +131,18 @@ def attention_layers(model) -> list[tuple[str, Any]]:
     ]
 
 
+def compressed_layers(model) -> list[tuple[int, str, Any]]:
+    """(number, name, module) of the attention layers that KAKEYA compresses: those that keep every
+    token. Where a model mixes kinds, sliding-window layers are left out."""
+    from kakeya_vllm.support import layer_index
+
+    return [
+        (layer_index(name), name, module)
+        for name, module in attention_layers(model)
+        if module.sliding_window is None
+    ]
+
+
 def run_prompt(llm, tokens: Sequence[int]) -> None:
     """Prefill `tokens`; the one token that the engine samples afterwards is dropped."""
     from vllm import SamplingParams

@@ -125,7 +125,7 @@ class HeldOut:
         config = self.llm.llm_engine.vllm_config
 
         def make(model: Any) -> lib.Codec:
-            names = [name for name, _ in engine.attention_layers(model)]
+            names = [name for _, name, _ in engine.compressed_layers(model)]
             return codec_of(model, names, config, recipe, artefact)
 
         try:
@@ -156,10 +156,11 @@ class HeldOut:
             at = torch.arange(len(k) // 2 + QUERY_STRIDE, len(k), QUERY_STRIDE, device=k.device)
             scale = capture.layers[index][1].impl.scale
             output = attention(q, k, v, at, scale)
-            root = weight_of_channels(q_sq[index], unrotate).sqrt()
+            number = capture.numbers[index]
+            root = weight_of_channels(q_sq[number], unrotate).sqrt()
             flat = unrotate(k)
             for name, coder in coders.items():
-                k_new, v_new = coder.round_trip(index, k, v, len(k) // lib.BLOCK_TOKENS)
+                k_new, v_new = coder.round_trip(number, k, v, len(k) // lib.BLOCK_TOKENS)
                 difference = attention(q, k_new, v_new, at, scale) - output
                 sums[name].add("output", index, difference, output)
                 error = unrotate(k_new.double() - k.double())

@@ -46,15 +46,15 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
         support.check_impl(
             alibi_slopes=alibi_slopes,
             sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
             attn_type=attn_type,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-            sinks=sinks,
             others=others,
         )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.soft_cap = float(logits_soft_cap or 0.0)  # vLLM's backends take 0 for none as well
+        self.sinks = sinks  # the model's own parameter, by query head; it has no values yet
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.runtime: Any = None
@@ -82,8 +82,19 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
         """Take the worker's runtime and fill in what is the same in every step."""
         self.runtime = runtime
         self._place = layer, first_head
+        if self.sinks is not None:
+            self.sinks = self.sinks.detach().float().contiguous()
+        self._options = cuda.attend_options(self.soft_cap, self.sinks)
         if runtime.cuda is not None:
-            self._cuda = cuda.CudaLayer(runtime.cuda, self.open_pool, layer, first_head, self.scale)
+            self._cuda = cuda.CudaLayer(
+                runtime.cuda,
+                self.open_pool,
+                layer,
+                first_head,
+                self.scale,
+                soft_cap=self.soft_cap,
+                sinks=self.sinks,
+            )
             return
         num_open = self.open_pool.shape[0]
         for args in (self._write, self._attend):
@@ -132,10 +143,12 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
         if self._cuda is not None:
             self._cuda.read(step, query, key, value, kv_cache, output)
         else:
-            self.runtime.codec.attend(self._attend)
+            self.runtime.codec.attend(self._attend, self._options)
         if verifier is not None:
             tensors = query, key, value, kv_cache, self.open_pool, output
-            verifier.attended(*self._place, step, self.scale, *tensors)
+            verifier.attended(
+                *self._place, step, self.scale, *tensors, soft_cap=self.soft_cap, sinks=self.sinks
+            )
         return output
 
     def _fill(

@@ -165,6 +165,17 @@ class AttendArgs(ctypes.Structure):
     ]
 
 
+class AttendOptions(ctypes.Structure):
+    """kakeya_attend_options: a soft cap of scores (0: none) and the address of attention sinks,
+    float32 by query head of the call (0: none); for the CUDA functions on the device."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("soft_cap", c_float),
+        ("sinks", c_void_p),
+    ]
+
+
 class CudaLimits(ctypes.Structure):
     """kakeya_cuda_limits: what a step on the device holds at most."""
 
@@ -330,12 +341,14 @@ _STATUS_FUNCTIONS: dict[str, list[Any]] = {
     ],
     "kakeya_write": [c_void_p, POINTER(WriteArgs)],
     "kakeya_attend": [c_void_p, POINTER(AttendArgs)],
+    "kakeya_attend_with": [c_void_p, POINTER(AttendArgs), POINTER(AttendOptions)],
     "kakeya_cuda_new": [c_void_p, POINTER(CudaLimits), POINTER(c_void_p)],
     "kakeya_cuda_sizes": [c_void_p, POINTER(CudaBuffers)],
     "kakeya_cuda_plan": [c_void_p, POINTER(CudaPlanArgs)],
     "kakeya_cuda_append": [c_void_p, POINTER(CudaWriteArgs)],
     "kakeya_cuda_seal": [c_void_p, POINTER(CudaWriteArgs)],
     "kakeya_cuda_attend": [c_void_p, POINTER(CudaAttendArgs)],
+    "kakeya_cuda_attend_with": [c_void_p, POINTER(CudaAttendArgs), POINTER(AttendOptions)],
     "kakeya_cuda_open": [c_void_p, POINTER(CudaOpenArgs)],
 }
 
@@ -477,6 +490,7 @@ class Codec:
         # Bound once: these two are called for every layer of every step.
         self._write = library._dll.kakeya_write
         self._attend = library._dll.kakeya_attend
+        self._attend_with = library._dll.kakeya_attend_with
 
     def __del__(self) -> None:
         handle, self._handle = getattr(self, "_handle", None), None
@@ -516,8 +530,11 @@ class Codec:
     def write(self, args: WriteArgs) -> None:
         self.library.check(self._write(self._handle, byref(args)))
 
-    def attend(self, args: AttendArgs) -> None:
-        self.library.check(self._attend(self._handle, byref(args)))
+    def attend(self, args: AttendArgs, options: AttendOptions | None = None) -> None:
+        if options is None:
+            self.library.check(self._attend(self._handle, byref(args)))
+        else:
+            self.library.check(self._attend_with(self._handle, byref(args), byref(options)))
 
 
 class CudaCodec:
@@ -566,6 +583,7 @@ class CudaCodec:
         self._plan, self._open = dll.kakeya_cuda_plan, dll.kakeya_cuda_open
         self._append, self._seal = dll.kakeya_cuda_append, dll.kakeya_cuda_seal
         self._attend = dll.kakeya_cuda_attend
+        self._attend_with = dll.kakeya_cuda_attend_with
 
     def __del__(self) -> None:
         handle, self._handle = getattr(self, "_handle", None), None
@@ -587,8 +605,11 @@ class CudaCodec:
     def seal(self, args: CudaWriteArgs) -> None:
         self.library.check(self._seal(self._handle, byref(args)))
 
-    def attend(self, args: CudaAttendArgs) -> None:
-        self.library.check(self._attend(self._handle, byref(args)))
+    def attend(self, args: CudaAttendArgs, options: AttendOptions | None = None) -> None:
+        if options is None:
+            self.library.check(self._attend(self._handle, byref(args)))
+        else:
+            self.library.check(self._attend_with(self._handle, byref(args), byref(options)))
 
     def open(self, args: CudaOpenArgs) -> None:
         self.library.check(self._open(self._handle, byref(args)))

@@ -160,10 +160,11 @@ def cpu_platform(module: ModuleType) -> None:
 
 
 def attention_layer(module: ModuleType) -> None:
-    """Give boundary layers the stock backend.
+    """Give boundary layers and sliding-window layers the stock backend.
 
     Why: vLLM selects backends per kind of layer (AttentionConfig.backend_per_kind), not per layer
-    number, and a boundary layer must be exactly the stock one.
+    number, and a boundary layer must be exactly the stock one. A sliding-window layer keeps few
+    tokens, and its backend must be vLLM's own choice as well.
     How: build such a layer while no backend is selected, so vLLM chooses as it would without us.
     Goes away when vLLM can select a backend by layer number (TurboQuant's boundary layers go
     through kv_cache_dtype_skip_layers, which changes the dtype and not the backend).
@@ -181,7 +182,10 @@ def attention_layer(module: ModuleType) -> None:
 
             attention = vllm_config.attention_config
             prefix = kwargs.get("prefix", "")
-            if support.layer_index(prefix) in config.current().boundary_skip_layers:
+            if (
+                kwargs.get("per_layer_sliding_window") is not None
+                or support.layer_index(prefix) in config.current().boundary_skip_layers
+            ):
                 saved = attention.backend, attention.backend_per_kind
                 attention.backend, attention.backend_per_kind = None, {}
                 try:

@@ -27,6 +27,7 @@ class Runtime:
         self.vllm_config = vllm_config
         self.settings = settings
         self.layers = layers  # name -> vLLM Attention layer, compressed ones only
+        self.group = 0  # index of the compressed layers' group among vLLM's KV-cache groups
         self.codec = codec
         self.open_blocks: OpenBlocks | None = None
         self.cuda: CudaWorker | None = None
@@ -45,6 +46,7 @@ class Runtime:
             if isinstance(getattr(layer, "impl", None), KakeyaImpl)
         }
         _check_layers(layers, _model_shape(vllm_config), vllm_config)
+        _share_blocks(vllm_config, settings, layers)
         codec = None
         if layers:
             codec = make_codec(worker.get_model(), list(layers), vllm_config, settings)
@@ -108,10 +110,18 @@ class Runtime:
 
     def _make_open_blocks(self, kv_cache_config: Any) -> None:
         groups = kv_cache_config.kv_cache_groups
-        if len(groups) > 1:
-            names = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
-            raise support.UnsupportedFeature([f"{len(groups)} kinds of KV cache ({names})"])
-        block_size = groups[0].kv_cache_spec.block_size
+        ours = [i for i, group in enumerate(groups) if self.layers.keys() & set(group.layer_names)]
+        if len(ours) > 1:
+            # vLLM cuts layers of one kind into groups of as many as the rarest kind has.
+            raise support.UnsupportedFeature(
+                [
+                    f"compressed layers in {len(ours)} KV cache groups (valid: 1; this model has "
+                    "more full-attention layers than sliding-window layers)"
+                ]
+            )
+        (self.group,) = ours
+        spec = groups[self.group].kv_cache_spec
+        block_size = spec.block_size
         valid = self.settings.block_tokens
         if block_size != valid:
             raise support.UnsupportedFeature(
@@ -120,9 +130,42 @@ class Runtime:
         self.open_blocks = OpenBlocks(
             kv_cache_config.num_blocks,
             pool_size(self.vllm_config),
+            group=self.group,
             lookback=lookback_tokens(self.vllm_config),
             block_tokens=valid,
         )
+
+
+def _share_blocks(vllm_config: Any, settings: Settings, layers: dict[str, Any]) -> None:
+    """Where full-attention layers are compressed and sliding-window layers are not: let a block of
+    either take the same bytes.
+
+    vLLM draws blocks for layers of all kinds from one pool, so it would pad a page of 128 tokens to
+    128 stock tokens. Instead a windowed layer's block holds as many tokens as a page's bytes do
+    (vLLM's own choice, from skip_page_size_padded, made for layers that keep a larger dtype), and a
+    page is padded if not even the smallest block that the windowed layer's backend takes fits.
+    """
+    from kakeya_vllm.backend import KakeyaBackend
+
+    KakeyaBackend.shared_block_bytes = None
+    context = vllm_config.compilation_config.static_forward_context
+    windowed = [
+        layer
+        for layer in context.values()
+        if getattr(layer, "sliding_window", None) is not None and hasattr(layer, "attn_backend")
+    ]
+    if not layers or not windowed:
+        return
+    layer = next(iter(layers.values()))
+    needed = lib.load().recipe_page_bytes(settings.recipe, layer.head_size) * layer.num_kv_heads
+    for other in windowed:
+        sizes = other.attn_backend.get_supported_kernel_block_sizes()
+        smallest = min(getattr(size, "base", size) for size in sizes)
+        itemsize = other.kv_cache_torch_dtype.itemsize
+        token = other.num_kv_heads * (other.head_size + other.head_size_v) * itemsize
+        needed = max(needed, smallest * token)
+    KakeyaBackend.shared_block_bytes = needed
+    vllm_config.cache_config.skip_page_size_padded = needed
 
 
 def make_codec(model: Any, layers: list[str], vllm_config: Any, settings: Settings) -> Any:

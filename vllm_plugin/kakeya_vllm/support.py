@@ -2,7 +2,7 @@
 
 A feature that is not listed in docs/vllm.md as supported must not run with quietly wrong answers,
 so every configuration is checked twice: by the process that builds the engine, before anything is
-spawned, and by every worker. What only a layer knows (soft cap, sinks, ALiBi) is checked when the
+spawned, and by every worker. What only a layer knows (ALiBi, shared caches) is checked when the
 layer is built.
 """
 
@@ -34,6 +34,14 @@ def layer_index(prefix: str) -> int | None:
     """
     numbers = [part for part in prefix.split(".") if part.isdigit()]
     return int(numbers[0]) if len(numbers) == 1 else None
+
+
+def windowed_layers(text_config: Any) -> tuple[int, ...]:
+    """Numbers of the sliding-window layers of a model that has full-attention layers as well."""
+    kinds = getattr(text_config, "layer_types", None) or ()
+    if "full_attention" not in kinds:
+        return ()
+    return tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
 
 
 def check_config(vllm_config: Any) -> None:
@@ -144,6 +152,13 @@ def check_settings(settings: Any, vllm_config: Any) -> None:
             raise UnsupportedFeature(
                 [f"KAKEYA_VERIFY=1 with CUDA graphs ({mode.name}); add --enforce-eager"]
             )
+    if windowed_layers(vllm_config.model_config.hf_text_config):
+        # Both would be layers with pages of yet another size.
+        mixed = "a model that mixes full and sliding-window layers"
+        if settings.boundary_skip_layers:
+            raise UnsupportedFeature([f"boundary layers in {mixed}"])
+        if settings.seed is not None:
+            raise UnsupportedFeature([f"recipe {settings.seed.name} with {mixed}"])
     if settings.prefill == "sealed" and not current_platform.is_cpu():
         raise UnsupportedFeature(["KAKEYA_PREFILL=sealed on a GPU (valid: raw)"])
 
@@ -168,18 +183,12 @@ def _model_features(model: Any) -> list[str]:
         found.append("reference sliding-window attention")
     if getattr(model, "is_diffusion", False):
         found.append("diffusion language models")
-    windowed = kinds & {"sliding_attention", "chunked_attention"}
-    if windowed and "full_attention" in kinds:
-        # vLLM pads the smaller page of two kinds to the larger one, so compressing only the
-        # full-attention layers (attention_config.backend_per_kind) would save no memory.
-        found.append(
-            "models that mix full and sliding-window layers (vLLM pads the pages of both kinds "
-            "to one size, which undoes the compression)"
-        )
-    elif windowed or model.get_sliding_window() is not None:
-        found.append("sliding-window attention")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        found.append("logits soft cap")
+    if "chunked_attention" in kinds:
+        found.append("chunked local attention")
+    elif "full_attention" not in kinds and (
+        "sliding_attention" in kinds or model.get_sliding_window() is not None
+    ):
+        found.append("sliding-window attention in all layers")
     return found
 
 
@@ -252,10 +261,8 @@ def check_impl(
     *,
     alibi_slopes: Any = None,
     sliding_window: Any = None,
-    logits_soft_cap: Any = None,
     attn_type: str = "decoder",
     kv_sharing_target_layer_name: str | None = None,
-    sinks: Any = None,
     others: dict[str, Any] | None = None,
 ) -> None:
     """Raise UnsupportedFeature for what vLLM hands to an implementation of a layer."""
@@ -264,14 +271,10 @@ def check_impl(
         found.append("ALiBi")
     if sliding_window is not None:
         found.append(f"sliding-window attention (window {sliding_window})")
-    if logits_soft_cap:
-        found.append(f"logits soft cap ({logits_soft_cap})")
     if attn_type != "decoder":
         found.append(f"{attn_type} attention (encoder and cross attention)")
     if kv_sharing_target_layer_name is not None:
         found.append("layers that share another layer's KV cache")
-    if sinks is not None:
-        found.append("attention sinks")
     found.extend(f"the attention option {name}" for name, v in (others or {}).items() if v)
     if found:
         raise UnsupportedFeature(found)

@@ -154,10 +154,14 @@ class Verifier:
         kv_cache: torch.Tensor,
         open_pool: torch.Tensor,
         output: torch.Tensor,
+        *,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """The step's outputs are there: compute one token and KV head of them again.
 
-        query, output [rows, heads, D]; the rest as :meth:`written`. Raises VerifyError.
+        query, output [rows, heads, D]; sinks [heads]; the rest as :meth:`written`. Raises
+        VerifyError.
         """
         rows = self._rows(step) if self.live else []
         if not rows:
@@ -171,7 +175,12 @@ class Verifier:
         group = query.shape[1] // key.shape[1]
         heads = slice(head * group, (head + 1) * group)
         q = query[row.first + token, heads].double().cpu()
-        weights = torch.softmax(q @ k.T * scale, dim=-1)
+        scores = q @ k.T * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        if sinks is not None:  # one more key, whose value is nothing
+            scores = torch.cat([scores, sinks[heads, None].double().cpu()], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[:, : len(v)]
         want = weights @ v
         found = output[row.first + token, heads].double().cpu()
         # Not over the output's own norm: values may cancel.

@@ -58,6 +58,16 @@ pub struct AttendArgs<'a> {
     pub open_slot: &'a [i32],
     /// `[num_tokens][num_q_heads]`, natural logarithm of the softmax sum; optional.
     pub lse: Option<&'a mut [f32]>,
+    pub options: AttendOptions<'a>,
+}
+
+/// What some models add to attention. Default: nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AttendOptions<'a> {
+    /// Scores s become `cap * tanh(s / cap)`; 0: they stay.
+    pub soft_cap: f32,
+    /// `[num_q_heads]`: a score of a key without a value, for each query head; it is in the softmax sum.
+    pub sinks: Option<&'a [f32]>,
 }
 
 /// One sequence of a step.
@@ -149,8 +159,9 @@ pub fn attend(codec: &Codec, args: &mut AttendArgs) -> Result<()> {
         for t in tile.from..tile.to {
             for g in 0..group {
                 let r = (t - tile.from) * group + g;
-                let lse = combine(&partials[parts.clone()], r, &mut row);
                 let (token, q_head) = (seq.row + t, tile.head * group + g);
+                let sink = args.options.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[q_head]);
+                let lse = combine(&partials[parts.clone()], r, sink, &mut row);
                 args.out.store(token * args.out_token_stride + q_head * args.out_head_stride, &row);
                 if let Some(out) = &mut args.lse {
                     out[token * args.num_q_heads + q_head] = lse;
@@ -161,12 +172,12 @@ pub fn attend(codec: &Codec, args: &mut AttendArgs) -> Result<()> {
     Ok(())
 }
 
-/// Merges one row of a tile's partial results; returns its log-sum-exp.
-fn combine(parts: &[Partial], r: usize, row: &mut [f32]) -> f32 {
+/// Merges one row of a tile's partial results and a sink; returns its log-sum-exp.
+fn combine(parts: &[Partial], r: usize, sink: f32, row: &mut [f32]) -> f32 {
     let d = row.len();
-    let max = parts.iter().fold(f32::NEG_INFINITY, |m, p| m.max(p.max[r]));
+    let max = parts.iter().fold(sink, |m, p| m.max(p.max[r]));
     row.fill(0.0);
-    let mut sum = 0.0;
+    let mut sum = (sink - max).exp();
     for p in parts.iter().filter(|p| p.sum[r] > 0.0) {
         let w = (p.max[r] - max).exp();
         sum += w * p.sum[r];
@@ -214,7 +225,7 @@ fn run_inner(codec: &Codec, args: &AttendArgs, seq: &Sequence, tile: Tile, task:
             turned.copy_from_slice(&q);
             let (cos, sin) = codec.rotary.centre(b);
             turned.chunks_exact_mut(d).for_each(|row| turn_back(row, cos, sin));
-            accumulate(&turned, &k, &v, d, BLOCK, None, &mut scores, &mut part);
+            accumulate(&turned, &k, &v, d, BLOCK, None, args.options.soft_cap, &mut scores, &mut part);
         }
         part.out.chunks_exact_mut(d).for_each(hadamard::transform);
         return Ok(part);
@@ -240,7 +251,7 @@ fn run_inner(codec: &Codec, args: &AttendArgs, seq: &Sequence, tile: Tile, task:
         }
         // Row r is the query at position history + from + r / group; it sees keys up to itself.
         let causal = Causal { first_query: seq.history + tile.from, first_key: p, group };
-        accumulate(&q, &k, &v, d, n, Some(causal), &mut scores, &mut part);
+        accumulate(&q, &k, &v, d, n, Some(causal), args.options.soft_cap, &mut scores, &mut part);
         p += n;
     }
     Ok(part)
@@ -263,6 +274,7 @@ fn accumulate(
     d: usize,
     n: usize,
     causal: Option<Causal>,
+    soft_cap: f32,
     scores: &mut [f32],
     part: &mut Partial,
 ) {
@@ -270,6 +282,9 @@ fn accumulate(
     gemm((rows, d, n), (q, d, 1), (k, 1, d), 0.0, (scores, BLOCK));
     for r in 0..rows {
         let s = &mut scores[r * BLOCK..r * BLOCK + n];
+        if soft_cap > 0.0 {
+            s.iter_mut().for_each(|x| *x = soft_capped(*x, soft_cap));
+        }
         if let Some(c) = causal {
             let visible = (c.first_query + r / c.group + 1).saturating_sub(c.first_key).min(n);
             s[visible..].fill(f32::NEG_INFINITY);
@@ -359,6 +374,13 @@ fn exp(x: f32) -> f32 {
     if t <= -126.0 { 0.0 } else { y }
 }
 
+/// `cap * tanh(x / cap)`, to 4e-7 of cap.
+#[inline(always)]
+fn soft_capped(x: f32, cap: f32) -> f32 {
+    let e = exp(-2.0 * x.abs() / cap);
+    (cap * (1.0 - e) / (1.0 + e)).copysign(x)
+}
+
 fn check<'a>(codec: &Codec, args: &AttendArgs<'a>) -> Result<Vec<Sequence<'a>>> {
     let d = codec.shape().head_dim;
     let range = |what, value: i64, valid: String| Err(Error::OutOfRange { what, value, valid });
@@ -369,6 +391,17 @@ fn check<'a>(codec: &Codec, args: &AttendArgs<'a>) -> Result<Vec<Sequence<'a>>> 
     }
     if !args.scale.is_finite() {
         return range("scale", args.scale as i64, "a finite number".to_string());
+    }
+    if !(args.options.soft_cap >= 0.0 && args.options.soft_cap.is_finite()) {
+        return range("soft_cap", args.options.soft_cap as i64, "0 (none) or a positive number".to_string());
+    }
+    if let Some(sinks) = args.options.sinks {
+        if sinks.len() != args.num_q_heads {
+            return Err(Error::BufferTooSmall { what: "sinks", have: sinks.len(), need: args.num_q_heads });
+        }
+        if let Some(sink) = sinks.iter().find(|sink| !sink.is_finite()) {
+            return range("sinks", *sink as i64, "finite numbers".to_string());
+        }
     }
     args.q.check("q", args.num_tokens, args.num_q_heads, d)?;
     args.k.check("k", args.num_tokens, args.num_kv_heads, d)?;
@@ -449,5 +482,17 @@ mod tests {
         assert_eq!(super::exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(super::exp(-1e30), 0.0);
         assert_eq!(super::exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn the_soft_cap_is_accurate() {
+        for cap in [1.0f32, 30.0, 50.0] {
+            for i in -10_000..=10_000 {
+                let x = 0.05 * i as f32;
+                let want = f64::from(cap) * (f64::from(x) / f64::from(cap)).tanh();
+                let got = f64::from(super::soft_capped(x, cap));
+                assert!((got - want).abs() < 4e-7 * f64::from(cap), "{x} {cap}: {got} {want}");
+            }
+        }
     }
 }

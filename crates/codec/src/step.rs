@@ -7,7 +7,7 @@ use crate::rows::{ElementsMut, Rows, Tensor, check_span};
 use crate::shape::BLOCK;
 use rayon::prelude::*;
 
-pub use crate::attend::{AttendArgs, attend};
+pub use crate::attend::{AttendArgs, AttendOptions, attend};
 
 /// Pages of one layer: `[num_blocks][num_heads]`, strides in bytes.
 #[derive(Debug, Clone, Copy)]

@@ -3,7 +3,7 @@
 
 mod common;
 
-use kakeya_codec::step::{AttendArgs, Pages, WriteArgs, attend, write};
+use kakeya_codec::step::{AttendArgs, AttendOptions, Pages, WriteArgs, attend, write};
 use kakeya_codec::{BLOCK, Codec, Elements, ElementsMut, Rows, Tensor};
 
 const D: usize = 64;
@@ -102,6 +102,7 @@ fn a_step_is_written_and_attended() {
         num_open: 1,
         open_slot: &open_slot,
         lse: Some(&mut lse),
+        options: AttendOptions::default(),
     };
     attend(&c, &mut attended).unwrap();
     assert!(out.iter().chain(&lse).all(|x| x.is_finite()));

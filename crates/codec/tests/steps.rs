@@ -3,7 +3,7 @@
 mod common;
 
 use common::Noise;
-use kakeya_codec::step::{AttendArgs, Pages, WriteArgs, attend, write};
+use kakeya_codec::step::{AttendArgs, AttendOptions, Pages, WriteArgs, attend, write};
 use kakeya_codec::{BLOCK, Codec, Elements, ElementsMut, Error, Tensor};
 
 /// A cache of one layer with a few open blocks and one growing sequence over scattered blocks.
@@ -82,6 +82,17 @@ impl Engine {
 
     /// Attention of tokens from..to (already written), q as given `[to - from][q heads][d]`.
     fn attend(&self, q: &[f32], from: usize, to: usize, sealed: bool) -> (Vec<f32>, Vec<f32>) {
+        self.attend_with(q, from, to, sealed, AttendOptions::default()).unwrap()
+    }
+
+    fn attend_with(
+        &self,
+        q: &[f32],
+        from: usize,
+        to: usize,
+        sealed: bool,
+        options: AttendOptions,
+    ) -> Result<(Vec<f32>, Vec<f32>), Error> {
         let (d, hq, n) = (self.c.shape().head_dim, self.c.shape().num_q_heads, to - from);
         let mut out = vec![f32::NAN; n * hq * d];
         let mut lse = vec![f32::NAN; n * hq];
@@ -117,10 +128,10 @@ impl Engine {
                 num_open: NUM_OPEN,
                 open_slot: &self.open_slot,
                 lse: Some(&mut lse),
+                options,
             },
         )
-        .unwrap();
-        (out, lse)
+        .map(|()| (out, lse))
     }
 
     fn page(&self, block: i32, head: usize) -> &[u8] {
@@ -152,13 +163,19 @@ fn queries(c: &Codec, n: usize, seed: u64) -> Vec<f32> {
 
 /// fp64 attention of one query row over rows of keys and values.
 fn exact(q: &[f32], seen: &[(Vec<f32>, Vec<f32>)]) -> (Vec<f64>, f64) {
+    exact_with(q, seen, 0.0, f64::NEG_INFINITY)
+}
+
+/// The same with a soft cap (0: none) and a sink.
+fn exact_with(q: &[f32], seen: &[(Vec<f32>, Vec<f32>)], cap: f64, sink: f64) -> (Vec<f64>, f64) {
     let scale = 1.0 / (q.len() as f64).sqrt();
     let s: Vec<f64> = seen
         .iter()
         .map(|(k, _)| scale * q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>())
+        .map(|x| if cap > 0.0 { cap * (x / cap).tanh() } else { x })
         .collect();
-    let max = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = s.iter().map(|s| (s - max).exp()).sum();
+    let max = s.iter().copied().fold(sink, f64::max);
+    let sum: f64 = s.iter().map(|s| (s - max).exp()).sum::<f64>() + (sink - max).exp();
     let mut out = vec![0.0; q.len()];
     for (s, (_, v)) in s.iter().zip(seen) {
         out.iter_mut().zip(v).for_each(|(o, v)| *o += (s - max).exp() / sum * f64::from(*v));
@@ -245,6 +262,45 @@ fn attention_is_that_of_the_opened_pages() {
             }
         }
     }
+}
+
+/// A soft cap bends scores before the softmax; a sink takes its share of the sum, more than all keys where it is large.
+#[test]
+fn soft_caps_and_sinks() {
+    let d = 64;
+    let mut e = Engine::new(common::codec("kakeya-4.6x", &common::shape(d, false, d)), 300);
+    e.open_slot[e.table[2] as usize] = 0;
+    e.write(0, 299).unwrap();
+    e.write(299, 300).unwrap();
+    let hq = e.c.shape().num_q_heads;
+    let q: Vec<f32> = queries(&e.c, 300, 5).iter().map(|x| 4.0 * x).collect();
+    let sinks: Vec<f32> = (0..hq).map(|h| [-3.0, 0.5, 9.0, 200.0][h % 4]).collect();
+    for (cap, sinks) in [(2.5f32, None), (0.0, Some(&sinks[..])), (30.0, Some(&sinks[..]))] {
+        for (from, sealed) in [(299, false), (299, true), (0, false)] {
+            let options = AttendOptions { soft_cap: cap, sinks };
+            let q = &q[..(300 - from) * hq * d];
+            let (out, lse) = e.attend_with(q, from, 300, sealed, options).unwrap();
+            for h in 0..hq {
+                let r = (299 - from) * hq + h;
+                let sink = sinks.map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[h]));
+                let seen = e.seen(h / 3, 299, from / BLOCK);
+                let (want, want_lse) = exact_with(&q[r * d..(r + 1) * d], &seen, cap.into(), sink);
+                for (got, want) in out[r * d..(r + 1) * d].iter().zip(&want) {
+                    assert!((f64::from(*got) - want).abs() < 1e-4, "cap {cap} sink {sink}: {got} {want}");
+                }
+                assert!((want_lse - f64::from(lse[r])).abs() < 1e-4 * want_lse.abs().max(1.0));
+            }
+        }
+    }
+    let refused =
+        |soft_cap, sinks| e.attend_with(&q[..hq * d], 299, 300, false, AttendOptions { soft_cap, sinks });
+    for cap in [-1.0, f32::NAN, f32::INFINITY] {
+        assert!(matches!(refused(cap, None), Err(Error::OutOfRange { what: "soft_cap", .. })));
+    }
+    let mut bad = sinks.clone();
+    bad[1] = f32::NAN;
+    assert!(matches!(refused(0.0, Some(&bad)), Err(Error::OutOfRange { what: "sinks", .. })));
+    assert!(matches!(refused(0.0, Some(&sinks[1..])), Err(Error::BufferTooSmall { what: "sinks", .. })));
 }
 
 /// With sealed prefill the result does not depend on how the prompt was cut into steps.
@@ -337,6 +393,7 @@ fn a_page_at_the_wrong_place_is_refused() {
             num_open: NUM_OPEN,
             open_slot: &e.open_slot,
             lse: None,
+            options: AttendOptions::default(),
         },
     );
     assert!(matches!(r, Err(Error::BadPage(_))), "{r:?}");

@@ -5,6 +5,7 @@ use std::mem::size_of;
 
 use ::kakeya_codec::ModelShape;
 
+use crate::attend::kakeya_attend_options;
 use crate::checks::{Sized32, arguments_named, pointer, struct_size, within};
 use crate::codec::{borrow, kakeya_codec};
 use crate::driver::{self, Device};
@@ -449,7 +450,21 @@ pub unsafe extern "C" fn kakeya_cuda_attend(
     args: *const kakeya_cuda_attend_args,
 ) -> kakeya_status {
     // SAFETY: the header asks of the caller what `launch` asks.
-    unsafe { launch(cuda, args, kakeya_cuda::attend) }
+    unsafe { launch(cuda, args, |cuda, args| cuda.attend(args, None)) }
+}
+
+/// kakeya_cuda_attend with a soft cap of scores and attention sinks.
+///
+/// Errors: as kakeya_cuda_attend, and OUT_OF_RANGE (soft_cap). Sinks are not looked at: one that is not
+/// finite makes its head's output so.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kakeya_cuda_attend_with(
+    cuda: *const kakeya_cuda,
+    args: *const kakeya_cuda_attend_args,
+    options: *const kakeya_attend_options,
+) -> kakeya_status {
+    // SAFETY: the header asks of the caller what `launch` asks.
+    unsafe { launch(cuda, args, |cuda, args| cuda.attend(args, Some(arguments_named("options", options)?))) }
 }
 
 /// Opens pages into dense rows, for prefill that continues a sequence, and for debugging.

@@ -125,7 +125,8 @@ pub(crate) struct AttendParams {
     pub element: i32,
     pub batch_invariant: i32,
     pub scale: f32,
-    pub reserved: i32,
+    pub soft_cap: f32,
+    pub sinks: *const f32,
 }
 
 /// The head dimensions for which there are kernels.

@@ -1,8 +1,9 @@
 //! Launches of kernels: what each entry point of `cuda.rs` checks in its arguments, and the frame that they share.
 
 use std::ffi::c_void;
-use std::ptr::{from_mut, null_mut};
+use std::ptr::{from_mut, null, null_mut};
 
+use crate::attend::{check_soft_cap, kakeya_attend_options};
 use crate::checks::{Extent, Region, Sized32, arguments, disjoint, pointer, within};
 use crate::codec::{check_heads, check_layer};
 use crate::cuda::{
@@ -175,7 +176,11 @@ impl kakeya_cuda {
     }
 
     /// Attention of sequences with few tokens.
-    pub(crate) fn attend(&self, args: &kakeya_cuda_attend_args) -> Outcome<Launch<'_, AttendParams>> {
+    pub(crate) fn attend(
+        &self,
+        args: &kakeya_cuda_attend_args,
+        options: Option<kakeya_attend_options>,
+    ) -> Outcome<Launch<'_, AttendParams>> {
         let (limits, attend) = (&self.limits, &self.kernels.attend);
         let (dtype, element) = self.check_common(args.layer, args.first_head, args.dtype)?;
         within("num_seqs", args.num_seqs.into(), 0, limits.max_seqs.into())?;
@@ -183,8 +188,13 @@ impl kakeya_cuda {
         if !args.scale.is_finite() {
             return refuse!(KAKEYA_ERR_OUT_OF_RANGE, "scale is {}; valid: a finite number", args.scale);
         }
+        let soft_cap = options.map_or(0.0, |options| options.soft_cap);
+        check_soft_cap(soft_cap)?;
         let group = self.shape.num_q_heads / self.shape.num_kv_heads;
-        let shape = [args.num_tokens as usize, limits.num_kv_heads as usize * group, self.shape.head_dim];
+        let q_heads = limits.num_kv_heads as usize * group;
+        let sinks_ptr = options.map_or(null(), |options| options.sinks);
+        let sinks = Region::new("sinks", sinks_ptr, if sinks_ptr.is_null() { 0 } else { q_heads })?;
+        let shape = [args.num_tokens as usize, q_heads, self.shape.head_dim];
         let q = Tensor::input("q", dtype, args.q, shape, [args.q_token_stride, args.q_head_stride])?;
         let out =
             Tensor::output("out", dtype, args.out, shape, [args.out_token_stride, args.out_head_stride])?;
@@ -213,6 +223,7 @@ impl kakeya_cuda {
             &[
                 &sequences.extents()[..],
                 &[q.extent(), pages.region.extent(), open_blocks.extent(), open_slot.extent(), plan.extent()],
+                &[sinks.extent()],
             ]
             .concat(),
         )?;
@@ -246,7 +257,8 @@ impl kakeya_cuda {
             element: element as i32,
             batch_invariant: limits.batch_invariant.into(),
             scale: args.scale,
-            reserved: 0,
+            soft_cap,
+            sinks: sinks_ptr,
         };
         Ok(Launch {
             kernel: &attend.kernel,

@@ -1,6 +1,6 @@
 //! Attention over pages as the codec computes it, and the same in f64 over rows.
 
-use kakeya_codec::step::{AttendArgs, Pages, attend};
+use kakeya_codec::step::{AttendArgs, AttendOptions, Pages, attend};
 use kakeya_codec::{Codec, Elements, ElementsMut, Result, Tensor};
 
 /// Query heads that share the KV head.
@@ -64,6 +64,7 @@ impl Query<'_> {
                 num_open: 0,
                 open_slot: &vec![-1; blocks],
                 lse: Some(&mut lse),
+                options: AttendOptions::default(),
             },
         );
         if result.is_err() {

@@ -20,6 +20,7 @@ from kakeya_vllm.evaluation.metrics import TokenFigures
 from kakeya_vllm.evaluation.protocol import Cache
 from kakeya_vllm.progress import write_atomically
 from kakeya_vllm.seed import recipe as seed_recipe
+from kakeya_vllm.support import windowed_layers
 from kakeya_vllm.text import consecutive_passages, detokenise, read_text, sha256_of, tokenise
 
 # Passages that an evaluation begins with when it chooses by itself how many it needs.
@@ -146,6 +147,12 @@ def evaluate(
     between two attention implementations, is gone. Returns a dictionary ready for JSON, see
     docs/quality.md.
     """
+    if windowed_layers(_text_config(model)):
+        # Layers are numbered by what is coded here, and bytes a token are those of full attention.
+        raise SystemExit(
+            f"kakeya: {model} mixes full and sliding-window layers, which this evaluation does not "
+            "measure; --task asks such a model questions"
+        )
     num_layers = layers_of(model)
     caches = plan_caches(
         names or [None], mode, streams, layers, boundaries or [0], coded_tokens, num_layers
@@ -249,9 +256,13 @@ def _run_part(
 
 
 def layers_of(model: str) -> int:
+    return _text_config(model).num_hidden_layers
+
+
+def _text_config(model: str) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
+    return AutoConfig.from_pretrained(model).get_text_config()
 
 
 def settings_of(model: str, text_path: str, mode: str, streams: str, dtype: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from kakeya_vllm.backend import KakeyaMetadata
 from kakeya_vllm.impl import KakeyaImpl
 from kakeya_vllm.open_blocks import OpenBlockError
 from kakeya_vllm.seed.recipe import SERVED_ROWS as BLOCK
+from kakeya_vllm.support import UnsupportedFeature
 
 # Query tokens of a sequence that look at raw keys together: what bounds the matrix of scores.
 TILE = 512
@@ -34,6 +35,9 @@ class SeedImpl(KakeyaImpl):
 
     def bind(self, runtime: Any, layer: int, first_head: int) -> None:
         """Take the worker's runtime; ``first_head``: of this rank in the whole model."""
+        if self.soft_cap or self.sinks is not None:
+            what = "logits soft cap" if self.soft_cap else "attention sinks"
+            raise UnsupportedFeature([f"{what} with a recipe of the seed"])
         self.runtime, self.layer, self.first_head = runtime, layer, first_head
 
     def forward(
