@@ -351,6 +351,7 @@ def unsupported(
     stages: int = 1,
     algorithm: str = "sha256",
     seed: bool = False,
+    mixed: bool = False,
 ) -> str:
     """What transfer.features says of a configuration, as one text."""
     config = SimpleNamespace(
@@ -358,7 +359,7 @@ def unsupported(
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
         cache_config=SimpleNamespace(prefix_caching_hash_algo=algorithm),
     )
-    return "; ".join(transfer.features(config, seed=seed))
+    return "; ".join(transfer.features(config, seed=seed, mixed=mixed))
 
 
 def test_connectors_refused_by_name() -> None:
@@ -374,6 +375,7 @@ def test_connectors_refused_by_name() -> None:
     }.items():
         assert reason in unsupported("KakeyaConnector", *arguments)
     assert "pipeline parallelism" in unsupported("KakeyaConnector", good, stages=2)
+    assert "mixes full and sliding" in unsupported("KakeyaConnector", good, mixed=True)
     assert "recipe of the seed" in unsupported("KakeyaConnector", good, seed=True)
     assert "hash_algo xxhash" in unsupported("KakeyaConnector", good, algorithm="xxhash")
     tiers = {"spec_name": "TieringOffloadingSpec", "canonical_layout": True}

@@ -54,7 +54,11 @@ def check_config(vllm_config: Any) -> None:
         *platform(vllm_config),
         *_model_features(vllm_config.model_config),
         *_cache_features(vllm_config, block),
-        *transfer.features(vllm_config, seed=seed is not None),
+        *transfer.features(
+            vllm_config,
+            seed=seed is not None,
+            mixed=bool(windowed_layers(vllm_config.model_config.hf_text_config)),
+        ),
         *_parallel_features(vllm_config.parallel_config),
         *_replicated_heads(vllm_config),
         *_speculative_features(vllm_config),

@@ -29,8 +29,9 @@ def register(module: Any) -> None:
             factory.register_connector(name, MODULE, name)
 
 
-def features(vllm_config: Any, *, seed: bool) -> list[str]:
-    """What is not supported of an engine's KV connector. ``seed``: with a recipe of the seed."""
+def features(vllm_config: Any, *, seed: bool, mixed: bool) -> list[str]:
+    """What is not supported of an engine's KV connector. ``seed``: with a recipe of the seed;
+    ``mixed``: with a model whose layers differ in the tokens that they keep."""
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector is None:
         return []
@@ -38,6 +39,9 @@ def features(vllm_config: Any, *, seed: bool) -> list[str]:
     found = []
     if seed:
         found.append("KV connectors with a recipe of the seed")
+    if mixed:
+        # Blocks of several groups: a load would have to bring all of them, or none.
+        found.append("KV connectors with a model that mixes full and sliding-window layers")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         found.append("KV connectors with pipeline parallelism")
     if name == FOLDER:
