@@ -147,9 +147,12 @@ class Engine:
 
 
 def _drop_caches(worker: Any) -> None:
-    """Let go of a worker's KV cache and open blocks."""
+    """Let go of a worker's KV cache and open blocks, and of the KV connector, which vLLM keeps for
+    the process and would give to its next engine."""
     import torch
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
+    ensure_kv_transfer_shutdown()
     context = worker.vllm_config.compilation_config.static_forward_context
     for layer in context.values():
         for owner, name in ((layer, "kv_cache"), (getattr(layer, "impl", None), "open_pool")):
@@ -288,17 +291,26 @@ def add_byte_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def read_pages(worker: Any, layer: int) -> list[list[str]]:
-    """Pages of all blocks that were ever sealed in a layer: [block][head], as hex.
+def read_pages(worker: Any) -> dict[str, list[list[str]]]:
+    """Pages of all blocks that were ever sealed, by number of the layer: [block][head], as hex. Of
+    the compressed layers that this worker has.
 
     The cache starts as zeros and no page is all zero. (A finished request's blocks cannot be
     asked for here: a spawned engine tells the worker at once that it has finished.)
     """
-    context = worker.vllm_config.compilation_config.static_forward_context
-    (found,) = [v for k, v in context.items() if f".{layer}." in k]
-    cache = found.kv_cache.cpu()
-    sealed = cache.flatten(1).any(dim=1).nonzero().flatten().tolist()
-    return [[bytes(page).hex() for page in cache[b, :, 0].numpy()] for b in sealed]
+    found = {}
+    for name, layer in worker._kakeya.layers.items():
+        cache = layer.kv_cache.cpu()
+        sealed = cache.flatten(1).any(dim=1).nonzero().flatten().tolist()
+        (number,) = [part for part in name.split(".") if part.isdigit()]
+        found[number] = [[bytes(page).hex() for page in cache[b, :, 0].numpy()] for b in sealed]
+    return found
+
+
+def make_stage_buffers(worker: Any) -> None:
+    """What later pipeline stages receive into. vLLM makes it in a dummy run, which its CPU worker
+    (0.32) leaves out where nothing is compiled; the first step then fails with any cache."""
+    worker.model_runner.profile_run()
 
 
 def run_elsewhere(
@@ -307,16 +319,16 @@ def run_elsewhere(
     max_tokens: int,
     *,
     env: dict[str, str] | None = None,
-    pages_of_layer: int | None = None,
+    pages: bool = False,
     counters: list[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Engine.run in a process of its own: {"runs", "pages" by rank, "counters"}."""
+    """Engine.run in a process of its own: {"runs", "pages" (read_pages) by rank, "counters"}."""
     job = {
         "model": str(model),
         "prompts": prompts,
         "max_tokens": max_tokens,
-        "pages_of_layer": pages_of_layer,
+        "pages": pages,
         "counters": counters or [],
         "options": options,
     }
@@ -347,10 +359,10 @@ def main() -> None:
     """Run the job in the first argument; see run_elsewhere."""
     job = json.loads(sys.argv[1])
     made = Engine(job["model"], **job["options"])
+    if job["options"].get("pipeline_parallel_size", 1) > 1 and not on_gpu():
+        made.llm.collective_rpc(make_stage_buffers)
     runs = made.run(job["prompts"], job["max_tokens"])
-    pages = None
-    if job["pages_of_layer"] is not None:
-        pages = made.llm.collective_rpc(read_pages, args=(job["pages_of_layer"],))
+    pages = made.llm.collective_rpc(read_pages) if job["pages"] else None
     result = {
         "runs": [asdict(run) for run in runs],
         "pages": pages,

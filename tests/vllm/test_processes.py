@@ -171,19 +171,19 @@ def test_tensor_parallel_2_gives_the_same_codes_as_1(tiny: Path) -> None:
     options = {"skip_tokenizer_init": True, "dtype": DTYPE, "enable_prefix_caching": False}
     with engine(tiny, **options) as one:
         (run,) = one.run(prompts, 8)
-        whole = one.worker(lambda worker: engines.read_pages(worker, 0))
+        whole = one.worker(engines.read_pages)["0"]
     two = run_elsewhere(
         tiny,
         prompts,
         8,
         # The workers may share this machine's cores; vLLM would otherwise want a NUMA node each.
         env=SPAWNED | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        pages_of_layer=0,
+        pages=True,
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
         **options,
     )
-    first, second = two["pages"]
+    first, second = (rank["0"] for rank in two["pages"])
     assert len(whole) == 2  # 300 tokens: two sealed blocks
     for block, (both, left, right) in enumerate(zip(whole, first, second, strict=True)):
         assert both == left + right, f"pages of block {block} differ"

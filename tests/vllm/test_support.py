@@ -55,6 +55,7 @@ def test_a_plain_model_is_accepted_and_settings_travel(tmp_path: Path) -> None:
         ({"block_size": 256}, "block size 256 (valid: 128"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8 (valid: auto or bfloat16"),
         ({"prefix_match_unit": 32}, "prefix_match_unit 32"),
+        ({"kv_offloading_size": 1.0}, "KV offloading without a GPU (vLLM's OffloadingConnector"),
         ({"tensor_parallel_size": 4}, "4 tensor-parallel ranks for 2 KV heads"),
         (
             {
@@ -63,7 +64,7 @@ def test_a_plain_model_is_accepted_and_settings_travel(tmp_path: Path) -> None:
                     "kv_role": "kv_both",
                 }
             },
-            "KV connectors",
+            "the KV connector ExampleConnector (valid: KakeyaConnector, and on a GPU Offload",
         ),
     ],
 )
@@ -71,6 +72,15 @@ def test_options_refused_by_name(tmp_path: Path, options: dict[str, Any], featur
     with pytest.raises(UnsupportedFeature) as error:
         configure(tmp_path, **options)
     assert feature in str(error.value)
+
+
+def test_checks_of_pages_and_pages_of_others(tmp_path: Path) -> None:
+    extra = {"folder": str(tmp_path)}
+    connector = {"kv_connector": "KakeyaConnector", "kv_role": "kv_both"}
+    options = {"kv_transfer_config": connector | {"kv_connector_extra_config": extra}}
+    assert register.is_selected(configure(tmp_path, **options))
+    with pytest.raises(UnsupportedFeature, match="KAKEYA_VERIFY=1 with a KV connector"):
+        configure(tmp_path, additional_config={"kakeya": {"verify": "1"}}, **options)
 
 
 # Of one architecture where that is possible: vLLM takes long to look at a new one.
@@ -227,7 +237,7 @@ def test_first_kv_head_of_each_rank(
     found = []
     for rank in range(ranks):
         monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda r=rank: r)
-        found.append(runtime._first_kv_head(config))
+        found.append(runtime.first_kv_head(config))
     assert found == first
 
 

@@ -68,7 +68,7 @@ class KakeyaBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False  # open blocks do not travel with pages
+        return True  # which ones, says transfer.py
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:

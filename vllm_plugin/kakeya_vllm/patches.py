@@ -9,6 +9,7 @@ and for engines that did not select KAKEYA nothing else does. Applying a patch t
 | engine_args | EngineArgs.create_engine_config | vLLM offers a start-up hook for backends |
 | cpu_platform | CpuPlatform.get_attn_backend_cls | the CPU platform honours the selected backend |
 | attention_layer | Attention.__init__ | vLLM selects a backend per layer |
+| transfer.register | nothing; names two connectors | connectors have entry points of their own |
 | worker | Worker.load_model, initialize_from_config, execute_model | see the functions below |
 """
 
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from kakeya_vllm import register, selection, version
+from kakeya_vllm import register, selection, transfer, version
 
 _MARK = "_kakeya_wrapped"
 
@@ -34,6 +35,7 @@ def install(*, all_patches: bool) -> None:
         when_imported("vllm.platforms.cpu", cpu_platform)
         when_imported("vllm.model_executor.layers.attention.attention", attention_layer)
         when_imported("vllm.v1.worker.gpu_worker", worker)
+        when_imported("vllm.distributed.kv_transfer.kv_connector.factory", transfer.register)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -101,7 +103,8 @@ def _prepare(vllm_config: Any) -> None:
         vllm_config.cache_config.block_size = settings.block_tokens
         vllm_config.cache_config.user_specified_block_size = True
     runtime.check_artefact(vllm_config, settings)
-    for warning in settings.warnings:
+    transfer.adopt(vllm_config)
+    for warning in (*settings.warnings, *support.untried(vllm_config)):
         logger.warning("%s", warning)
     if isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config = {

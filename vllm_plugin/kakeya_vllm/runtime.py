@@ -56,7 +56,7 @@ class Runtime:
             runtime._make_cuda(worker.device)
         if layers and settings.verify:
             runtime._make_verifier()
-        first_head = _first_kv_head(vllm_config)
+        first_head = first_kv_head(vllm_config)
         for name, layer in layers.items():
             layer.impl.bind(runtime, support.layer_index(name), first_head)
         return runtime
@@ -259,7 +259,7 @@ def _model_shape(vllm_config: Any) -> dict[str, Any]:
     }
 
 
-def _first_kv_head(vllm_config: Any) -> int:
+def first_kv_head(vllm_config: Any) -> int:
     """Index in the whole model of this tensor-parallel rank's first KV head.
 
     With more ranks than KV heads vLLM replicates heads, and neighbouring ranks share one; the

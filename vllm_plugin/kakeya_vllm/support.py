@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from kakeya_vllm import config, lib, register, version
+from kakeya_vllm import config, lib, register, transfer, version
 from kakeya_vllm.lib import BLOCK_TOKENS
 
 # Where drafts may come from: without a model, or from one with layers of its own. To those vLLM
@@ -63,12 +63,31 @@ def check_config(vllm_config: Any) -> None:
         *platform(vllm_config),
         *_model_features(vllm_config.model_config),
         *_cache_features(vllm_config, block),
+        *transfer.features(
+            vllm_config,
+            seed=seed is not None,
+            mixed=bool(windowed_layers(vllm_config.model_config.hf_text_config)),
+        ),
         *_parallel_features(vllm_config.parallel_config),
         *_replicated_heads(vllm_config),
         *_speculative_features(vllm_config),
     ]
     if features:
         raise UnsupportedFeature(features)
+
+
+def untried(vllm_config: Any) -> list[str]:
+    """What is not refused and has not been tried either, to be said in the log."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return []
+    found = []
+    if vllm_config.kv_transfer_config is not None:
+        found.append(f"the KV connector {vllm_config.kv_transfer_config.kv_connector}")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        found.append("pipeline parallelism")
+    return [f"{feature} has not run on a GPU with KAKEYA so far" for feature in found]
 
 
 def _seed_features(name: str, vllm_config: Any) -> list[str]:
@@ -141,6 +160,9 @@ def check_settings(settings: Any, vllm_config: Any) -> None:
 
     if settings.verify and settings.seed is not None:
         raise UnsupportedFeature([f"KAKEYA_VERIFY=1 with recipe {settings.seed.name}"])
+    if settings.verify and vllm_config.kv_transfer_config is not None:
+        # Loaded pages were not sealed here, so there is no checksum to hold them to.
+        raise UnsupportedFeature(["KAKEYA_VERIFY=1 with a KV connector"])
     if settings.verify and not current_platform.is_cpu():
         mode = vllm_config.compilation_config.cudagraph_mode
         if getattr(mode, "name", "NONE") != "NONE":
@@ -207,10 +229,6 @@ def _cache_features(vllm_config: Any, block: int) -> list[str]:
         )
     if cache.kv_sharing_fast_prefill:
         found.append("kv_sharing_fast_prefill")
-    if vllm_config.kv_transfer_config is not None:
-        found.append("KV connectors (kv_transfer_config)")
-    if getattr(cache, "kv_offloading_size", None):
-        found.append("KV offloading (kv_offloading_size)")
     kinds = vllm_config.attention_config.backend_per_kind or {}
     if kinds and set(kinds) != {"full_attention"}:
         found.append(

@@ -1,0 +1,84 @@
+"""Pipeline parallelism: each stage compresses its own layers, which keep their numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import engines
+import pytest
+import torch
+from engines import assert_same_run, engine, run_elsewhere, tokens
+from kakeya_vllm import config
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.cpu_only
+
+LAYERS, HEADS, DIM = 4, 2, 128
+# Blocks are sealed in prefill, in chunks and while decoding.
+PROMPTS = [tokens(80, 300), tokens(81, 120), tokens(82, 5)]
+OPTIONS = {"skip_tokenizer_init": True, "dtype": "float32", "max_num_batched_tokens": 160}
+SEALED = {"KAKEYA_PREFILL": "sealed"}
+STAGES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the stages may share this machine's cores
+}
+
+
+@pytest.fixture(scope="module")
+def artefact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A calibration in which every layer is another one: made up, which no test here minds."""
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda: torch.randn(LAYERS, HEADS, DIM, generator=generator)  # noqa: E731
+    found = {name: draw() for name in ("k_mean", "q_mean", "v_mean")}
+    found |= {name: draw().exp() for name in ("k_var", "q_sq", "v_var")}
+    found["sink_mass"] = torch.full((LAYERS, HEADS, 8), 0.1)
+    about = json.loads((tiny / "config.json").read_text())
+    metadata = {
+        "format": config.ARTEFACT_FORMAT,
+        "model_fingerprint": config.model_fingerprint(about),
+    }
+    path = tmp_path_factory.mktemp("pipeline") / "artefact.safetensors"
+    save_file(found, path, metadata=metadata)
+    return str(path)
+
+
+def one_and_two(
+    tiny: Path, env: dict[str, str]
+) -> tuple[list[engines.Run], dict[str, Any], dict[str, Any]]:
+    """Answers and pages of an engine in this process, and what two stages gave."""
+    with engine(tiny, env, **OPTIONS) as one:
+        runs = one.run(PROMPTS, 20)
+        pages = one.worker(engines.read_pages)
+    two = run_elsewhere(
+        tiny,
+        PROMPTS,
+        20,
+        env=env | STAGES,
+        pages=True,
+        pipeline_parallel_size=2,
+        distributed_executor_backend="mp",
+        **OPTIONS,
+    )
+    assert all(len(blocks) == 3 for blocks in pages.values())
+    return runs, pages, two
+
+
+def test_two_stages_give_the_same_pages_and_answers_as_one(tiny: Path, artefact: str) -> None:
+    runs, pages, two = one_and_two(tiny, SEALED | {"KAKEYA_CALIBRATION": artefact})
+    assert two["runs"] == runs
+    assert [sorted(stage) for stage in two["pages"]] == [["0", "1"], ["2", "3"]]
+    for layer, blocks in (two["pages"][0] | two["pages"][1]).items():
+        # Stages divide the steps otherwise, so block ids may differ.
+        assert sorted(blocks) == sorted(pages[layer]), f"layer {layer}"
+
+
+def test_boundary_layers_are_counted_over_the_whole_model(tiny: Path) -> None:
+    runs, pages, two = one_and_two(tiny, SEALED | {"KAKEYA_BOUNDARY_SKIP_LAYERS": "1,2"})
+    assert [sorted(stage) for stage in two["pages"]] == [["0"], ["3"]]
+    assert sorted(two["pages"][0]["0"]) == sorted(pages["0"])
+    # Behind a stock layer the last bit depends on how vLLM divides a step.
+    for a, b in zip(runs, two["runs"], strict=True):
+        assert_same_run(a, b, 1e-3)
