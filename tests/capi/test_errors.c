@@ -258,6 +258,24 @@ static void test_attend(const kakeya_codec *codec) {
   step->attend.scale = INFINITY;
   REFUSED(step, attend, RANGE, "scale is inf");
 
+  kakeya_attend_options options = {.struct_size = sizeof options};
+  const float sinks[4] = {0.0f, -1.0f, NAN, 2.0f};
+  CHECK_REFUSED(kakeya_attend_with(codec, &good, NULL), NULL_OF, "options is NULL");
+  options.struct_size = 8;
+  CHECK_REFUSED(kakeya_attend_with(codec, &good, &options), KAKEYA_ERR_BAD_STRUCT_SIZE,
+                "sizeof(kakeya_attend_options) = 16");
+  options.struct_size = sizeof options;
+  options.soft_cap = -1.0f;
+  CHECK_REFUSED(kakeya_attend_with(codec, &good, &options), RANGE, "soft_cap is -1");
+  options.soft_cap = 0.0f;
+  options.sinks = ODD(sinks);
+  CHECK_REFUSED(kakeya_attend_with(codec, &good, &options), KAKEYA_ERR_MISALIGNED, "sinks is at");
+  options.sinks = sinks;
+  CHECK_REFUSED(kakeya_attend_with(codec, &good, &options), RANGE, "sinks");
+  CHECK(world_touched(step) == 0, "outputs changed");
+  options.sinks = good.lse;
+  CHECK_REFUSED(kakeya_attend_with(codec, &good, &options), KAKEYA_ERR_ALIASED, "sinks");
+
 #define NOT_NULL(field)      \
   step->attend.field = NULL; \
   REFUSED(step, attend, NULL_OF, #field " is NULL")

@@ -18,6 +18,7 @@ MIRRORS = {
     "kakeya_seal_args": lib.SealArgs,
     "kakeya_write_args": lib.WriteArgs,
     "kakeya_attend_args": lib.AttendArgs,
+    "kakeya_attend_options": lib.AttendOptions,
     "kakeya_cuda_limits": lib.CudaLimits,
     "kakeya_cuda_buffers": lib.CudaBuffers,
     "kakeya_cuda_plan_args": lib.CudaPlanArgs,

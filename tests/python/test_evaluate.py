@@ -234,6 +234,7 @@ def fake_engines(monkeypatch, broken):
 
     monkeypatch.setattr(protocol, "in_child", in_child)
     monkeypatch.setattr(command, "layers_of", lambda _: 4)
+    monkeypatch.setattr(command, "refuse_mixed", lambda _: None)
     monkeypatch.setattr(command, "read_text", str)
     monkeypatch.setattr(command, "tokenise", lambda *_: list(range(60 * protocol.PASSAGE)))
     monkeypatch.setattr(command, "settings_of", lambda *_: {})

@@ -84,9 +84,7 @@ def alone(tiny: Path) -> list[Run]:
 def prefilled(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a prefill engine in a process of its own left: {"folder", "pages"}."""
     folder = tmp_path_factory.mktemp("pages")
-    done = run_elsewhere(
-        tiny, PROMPTS, 1, env=MODE | SPAWNED, pages=True, **connected(folder, "kv_producer")
-    )
+    done = run_elsewhere(tiny, PROMPTS, 1, env=MODE, pages=True, **connected(folder, "kv_producer"))
     return {"folder": folder, "pages": done["pages"][0]}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import engines
 import pytest
@@ -45,13 +44,13 @@ def artefact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def one_and_two(
-    tiny: Path, env: dict[str, str]
-) -> tuple[list[engines.Run], dict[str, Any], dict[str, Any]]:
-    """Answers and pages of an engine in this process, and what two stages gave."""
+def test_two_stages_give_the_pages_of_one(tiny: Path, artefact: str) -> None:
+    """Calibrated, with the model's last layer a boundary layer: the second of the second stage."""
+    env = SEALED | {"KAKEYA_CALIBRATION": artefact, "KAKEYA_BOUNDARY_SKIP_LAYERS": "3"}
     with engine(tiny, env, **OPTIONS) as one:
         runs = one.run(PROMPTS, 20)
         pages = one.worker(engines.read_pages)
+    assert all(len(blocks) == 3 for blocks in pages.values())
     two = run_elsewhere(
         tiny,
         PROMPTS,
@@ -62,23 +61,11 @@ def one_and_two(
         distributed_executor_backend="mp",
         **OPTIONS,
     )
-    assert all(len(blocks) == 3 for blocks in pages.values())
-    return runs, pages, two
-
-
-def test_two_stages_give_the_same_pages_and_answers_as_one(tiny: Path, artefact: str) -> None:
-    runs, pages, two = one_and_two(tiny, SEALED | {"KAKEYA_CALIBRATION": artefact})
-    assert two["runs"] == runs
-    assert [sorted(stage) for stage in two["pages"]] == [["0", "1"], ["2", "3"]]
+    assert [sorted(stage) for stage in two["pages"]] == [["0", "1"], ["2"]]
     for layer, blocks in (two["pages"][0] | two["pages"][1]).items():
         # Stages divide the steps otherwise, so block ids may differ.
         assert sorted(blocks) == sorted(pages[layer]), f"layer {layer}"
-
-
-def test_boundary_layers_are_counted_over_the_whole_model(tiny: Path) -> None:
-    runs, pages, two = one_and_two(tiny, SEALED | {"KAKEYA_BOUNDARY_SKIP_LAYERS": "1,2"})
-    assert [sorted(stage) for stage in two["pages"]] == [["0"], ["3"]]
-    assert sorted(two["pages"][0]["0"]) == sorted(pages["0"])
-    # Behind a stock layer the last bit depends on how vLLM divides a step.
     for a, b in zip(runs, two["runs"], strict=True):
-        assert_same_run(a, b, 1e-3)
+        # In a stock layer the last bit depends on how vLLM divides a step.
+        assert_same_run(a, b, 1e-4)
+        assert a.tokens == b.tokens

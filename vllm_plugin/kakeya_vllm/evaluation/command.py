@@ -147,12 +147,7 @@ def evaluate(
     between two attention implementations, is gone. Returns a dictionary ready for JSON, see
     docs/quality.md.
     """
-    if windowed_layers(_text_config(model)):
-        # Layers are numbered by what is coded here, and bytes a token are those of full attention.
-        raise SystemExit(
-            f"kakeya: {model} mixes full and sliding-window layers, which this evaluation does not "
-            "measure; --task asks such a model questions"
-        )
+    refuse_mixed(model)
     num_layers = layers_of(model)
     caches = plan_caches(
         names or [None], mode, streams, layers, boundaries or [0], coded_tokens, num_layers
@@ -253,6 +248,16 @@ def _run_part(
                     figures = TokenFigures(**saved)
             found[i] = answer, figures
     return [found[i] for i in range(len(caches))]
+
+
+def refuse_mixed(model: str) -> None:
+    """SystemExit for a model that mixes kinds of layers: layers are numbered by what is coded here,
+    and bytes a token are those of full attention."""
+    if windowed_layers(_text_config(model)):
+        raise SystemExit(
+            f"kakeya: {model} mixes full and sliding-window layers, which this evaluation does not "
+            "measure; --task asks such a model questions"
+        )
 
 
 def layers_of(model: str) -> int:
