@@ -355,6 +355,7 @@ def unsupported(
     config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra),
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        speculative_config=None,
         cache_config=SimpleNamespace(prefix_caching_hash_algo=algorithm),
     )
     return "; ".join(transfer.features(config, seed=seed, mixed=mixed))
@@ -390,6 +391,7 @@ def test_on_a_gpu_it_is_said_what_was_not_tried(monkeypatch: pytest.MonkeyPatch)
     config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector="OffloadingConnector"),
         parallel_config=SimpleNamespace(pipeline_parallel_size=2),
+        speculative_config=SimpleNamespace(method="eagle"),
     )
     transfer.adopt(config)
     assert support.untried(config) == [

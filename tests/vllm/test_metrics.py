@@ -174,6 +174,7 @@ def registry() -> Samples:
 
 def test_engines_of_one_process_count_on(tiny: Path) -> None:
     options: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32"}
+    options["max_num_batched_tokens"] = 2048  # all prompts in one step
     counts = []
     for _ in range(2):
         with engine(tiny, **options) as made:

@@ -71,6 +71,7 @@ def test_requests_together_equal_each_alone(models: Any) -> None:
         assert [r.tokens for r in runs] == [r.tokens for r in alone] * (len(runs) // len(alone))
 
 
+@pytest.mark.usefixtures("own_environment")  # the calibration's engine sets variables
 def test_a_calibration_has_the_full_layers(
     models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,7 +177,7 @@ def test_recipes_of_the_seed_and_graphs_are_refused(monkeypatch: pytest.MonkeyPa
     from vllm.platforms import current_platform
 
     graphs = SimpleNamespace(cudagraph_mode=SimpleNamespace(name="FULL_DECODE_ONLY"))
-    vllm_config = SimpleNamespace(compilation_config=graphs)
+    vllm_config = SimpleNamespace(compilation_config=graphs, kv_transfer_config=None)
     chosen = config.Settings("v1.3-ppl-served", None, (), "raw", verify=True)
     with pytest.raises(support.UnsupportedFeature, match=r"KAKEYA_VERIFY=1 with recipe v1\.3"):
         support.check_settings(chosen, vllm_config)
