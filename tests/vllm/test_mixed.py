@@ -4,6 +4,9 @@ keep vLLM's cache, and a block of either takes the same bytes of the one pool.""
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,18 @@ def test_a_calibration_has_the_full_layers(
     env = mixed.EXACT | {"KAKEYA_CALIBRATION": str(out), "KAKEYA_RECIPE": "kakeya-4.6x"}
     with engines.engine(model, env, **mixed.OPTIONS, dtype=engines.exact_dtype()) as engine:
         assert [len(run.tokens) for run in engine.run(mixed.prompts(), 5)] == [5] * 4
+
+
+def test_doctor_counts_the_full_layers(models: Any, tmp_path: Path) -> None:
+    out = tmp_path / "doctor.json"
+    model = engines.add_byte_tokenizer(models("gemma3"))
+    command = [sys.executable, "-m", "kakeya_vllm.cli", "doctor", str(model), "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    figures = json.loads(out.read_text())["figures"]
+    assert (figures["layers"], figures["windowed_layers"]) == (1, 3)
+    page = lib.load().recipe_page_bytes(figures["recipe"], 256)
+    assert figures["bytes_per_token"]["kakeya"] == 2 * page / lib.BLOCK_TOKENS
+    assert "capacity_tokens" not in figures
 
 
 @pytest.mark.parametrize(

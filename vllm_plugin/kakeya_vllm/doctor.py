@@ -234,7 +234,9 @@ def _figures(vllm_config: Any, settings: config.Settings) -> dict[str, Any]:
     from kakeya_vllm.open_blocks import pool_size
 
     about, parallel = vllm_config.model_config, vllm_config.parallel_config
-    layers = about.get_total_num_hidden_layers()
+    # Of layers that keep every token; what those of a window keep does not grow with it.
+    windowed = len(support.windowed_layers(about.hf_text_config))
+    layers = about.get_total_num_hidden_layers() - windowed
     heads, head_dim = about.get_total_num_kv_heads(), about.get_head_size()
     item = about.dtype.itemsize
     kept = len(settings.boundary_skip_layers)
@@ -253,6 +255,7 @@ def _figures(vllm_config: Any, settings: config.Settings) -> dict[str, Any]:
     weights = _weight_bytes(about.model)
     figures: dict[str, Any] = {
         "layers": layers,
+        "windowed_layers": windowed,
         "boundary_layers": list(settings.boundary_skip_layers),
         "kv_heads": heads,
         "query_heads": about.model_arch_config.total_num_attention_heads,
@@ -276,7 +279,7 @@ def _figures(vllm_config: Any, settings: config.Settings) -> dict[str, Any]:
         "cache_bytes": room,
         "cache_is": where,
     }
-    if room is not None:
+    if room is not None and not windowed:
         on_gpu = where.startswith("GPU")
         cache = max(0, room - (weights or 0)) if on_gpu else room
         mine = max(0, cache - open_bytes) if on_gpu else cache
@@ -295,11 +298,13 @@ def _model_findings(figures: dict[str, Any], settings: config.Settings) -> list[
     group = figures["query_heads"] // figures["kv_heads"]
     sizes = figures["bytes_per_token"]
     compressed = figures["layers"] - len(kept)
+    windowed = figures["windowed_layers"]
     found = [
         Finding(
             "layers",
             f"{compressed} compressed, {len(kept)} kept in {figures['dtype']}"
-            + (f" ({', '.join(map(str, kept))})" if kept else ""),
+            + (f" ({', '.join(map(str, kept))})" if kept else "")
+            + (f", {windowed} with a window, in {figures['dtype']}" if windowed else ""),
         ),
         Finding(
             "heads",
@@ -319,7 +324,8 @@ def _model_findings(figures: dict[str, Any], settings: config.Settings) -> list[
         Finding(
             "bytes a token",
             f"{sizes['bf16']:,.0f} in {figures['dtype']}, {sizes['fp8']:,.0f} in fp8, "
-            f"{sizes['kakeya']:,.1f} with KAKEYA ({figures['ratio']:.2f}x)",
+            f"{sizes['kakeya']:,.1f} with KAKEYA ({figures['ratio']:.2f}x)"
+            + ("; layers without a window only, before pages are padded" if windowed else ""),
         )
     )
     pool = figures["open_blocks"]
@@ -332,7 +338,12 @@ def _model_findings(figures: dict[str, Any], settings: config.Settings) -> list[
     )
     capacity = figures.get("capacity_tokens")
     if capacity is None:
-        found.append(Finding("capacity", "not known on this machine"))
+        why = (
+            "depends on lengths: the start-up log has it"
+            if windowed
+            else "not known on this machine"
+        )
+        found.append(Finding("capacity", why))
     else:
         text = ", ".join(f"{name} {count:,}" for name, count in capacity.items())
         weights = figures["weights_bytes"]
