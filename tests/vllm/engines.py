@@ -32,6 +32,18 @@ ENVIRONMENT = {
 # Where results are compared bit for bit on a GPU: products that do not depend on the batch.
 INVARIANT = {"VLLM_BATCH_INVARIANT": "1"}
 
+# Drafts from the prompt itself, and vLLM's counters of how many there were and how many were right.
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+DRAFT_COUNTERS = [
+    "vllm:spec_decode_num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens",
+]
+
 _closed: list[Any] = []
 KV_BYTES = 2**28  # KV cache of an engine: enough for every test, small enough to keep several
 

@@ -171,13 +171,7 @@ def test_drafts_are_never_kept(tiny: Path, tmp_path: Path) -> None:
     """Blocks that drafts filled are sealed before it is known whether the drafts are true. What is
     in the folder is what the cache holds in the end."""
     once = tokens(60, 45)
-    speculative = {
-        "method": "ngram",
-        "num_speculative_tokens": 4,
-        "prompt_lookup_max": 3,
-        "prompt_lookup_min": 1,
-    }
-    names = ["vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"]
+    names = engines.DRAFT_COUNTERS
     done = run_elsewhere(
         tiny,
         [once * 2 + tokens(61, 30), tokens(62, 200) + once],
@@ -185,7 +179,7 @@ def test_drafts_are_never_kept(tiny: Path, tmp_path: Path) -> None:
         env=MODE,
         pages=True,
         counters=names,
-        speculative_config=speculative,
+        speculative_config=engines.NGRAM,
         **connected(tmp_path, "kv_producer"),
     )
     drafted, accepted = (done["counters"][name] for name in names)

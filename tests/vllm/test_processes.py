@@ -204,15 +204,9 @@ def test_speculative_decoding_changes_nothing(tiny: Path) -> None:
     sealed = {} if engines.on_gpu() else {"KAKEYA_PREFILL": "sealed"}
     with engine(tiny, sealed, **options) as plain:
         expected = plain.run(prompts, 40)
-    speculative = {
-        "method": "ngram",
-        "num_speculative_tokens": 4,
-        "prompt_lookup_max": 3,
-        "prompt_lookup_min": 1,
-    }
-    names = ["vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens"]
+    names = engines.DRAFT_COUNTERS
     done = run_elsewhere(
-        tiny, prompts, 40, env=sealed, counters=names, speculative_config=speculative, **options
+        tiny, prompts, 40, env=sealed, counters=names, speculative_config=engines.NGRAM, **options
     )
     drafted, accepted = (done["counters"][name] for name in names)
     assert 0 < accepted < drafted
