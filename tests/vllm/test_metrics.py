@@ -32,12 +32,13 @@ SEQS = 16
 Samples = dict[str, float]
 
 
-def parse(text: str) -> Samples:
-    """Value by name of KAKEYA's samples, with the label cache in brackets where there is one."""
+def parse(text: str, model: str = "m") -> Samples:
+    """Value by name of KAKEYA's samples of a model, with the label cache in brackets where there is
+    one."""
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if sample.name.startswith("kakeya_"):
+            if sample.name.startswith("kakeya_") and sample.labels["model_name"] == model:
                 kind = sample.labels.get("cache")
                 found[f"{sample.name}[{kind}]" if kind else sample.name] = sample.value
     return found
@@ -165,28 +166,29 @@ def test_vllm_bench_serve_measures_it(address: str, model: Path, tmp_path: Path)
 # ---------------------------------------------------------------------------------------------
 
 
-def registry() -> Samples:
-    """What /metrics of this process would say."""
+def registry(model: str) -> Samples:
+    """What /metrics of this process, which served other models before, would say of one."""
     from prometheus_client import REGISTRY, generate_latest
 
-    return parse(generate_latest(REGISTRY).decode())
+    return parse(generate_latest(REGISTRY).decode(), model)
 
 
 def test_engines_of_one_process_count_on(tiny: Path) -> None:
     options: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32"}
     options["max_num_batched_tokens"] = 2048  # all prompts in one step
+    options["served_model_name"] = "counted"
     counts = []
     for _ in range(2):
         with engine(tiny, **options) as made:
             made.run([tokens(i, 300) for i in range(3)], 2)
-        found = registry()
+        found = registry("counted")
         assert found["kakeya_open_blocks_peak"] == 3
         counts.append(found["kakeya_tokens_sealed_total"])
     assert counts[1] - counts[0] == 3 * 256
     with engine(tiny, disable_log_stats=True, **options) as made:
         assert made.runtime.metrics is None
         made.run([tokens(1, 300)], 2)
-    assert registry()["kakeya_tokens_sealed_total"] == counts[1]
+    assert registry("counted")["kakeya_tokens_sealed_total"] == counts[1]
 
 
 def test_directory_of_several_api_servers_is_vllms_own(tmp_path: Path) -> None:
