@@ -32,12 +32,13 @@ const QUERY_START: usize = 439 << 10;
 const SEQ_LENS: usize = QUERY_START + 64;
 const BLOCK_TABLE: usize = SEQ_LENS + 64;
 const OPEN_SLOT: usize = BLOCK_TABLE + 128;
+const SINKS: usize = OPEN_SLOT + 64;
 const TEXT: usize = 440 << 10;
 const PAGES: usize = 448 << 10;
 const OPEN_BLOCKS: usize = 592 << 10;
 
-const PARTS: [usize; 13] =
-    [K, V, Q, OUT, LSE, SLOT_MAPPING, POSITIONS, QUERY_START, SEQ_LENS, BLOCK_TABLE, OPEN_SLOT, TEXT, PAGES];
+const PARTS: [usize; 14] =
+    [K, V, Q, OUT, LSE, SLOT_MAPPING, POSITIONS, QUERY_START, SEQ_LENS, BLOCK_TABLE, OPEN_SLOT, SINKS, TEXT, PAGES];
 
 /// Calls of an input at most.
 const CALLS: usize = 12;
@@ -89,7 +90,8 @@ pub fn abi(bytes: &[u8]) {
             5 => caller.seal(&mut source),
             6 => caller.open(&mut source),
             7 | 8 => caller.write(&mut source),
-            9 | 10 => caller.attend(&mut source),
+            9 => caller.attend(&mut source, false),
+            10 => caller.attend(&mut source, true),
             _ => caller.free(&mut source),
         }
     }
@@ -584,7 +586,8 @@ impl Caller {
         (blocks as usize) < ARENA
     }
 
-    fn attend(&mut self, source: &mut Source) {
+    /// kakeya_attend, or kakeya_attend_with and the options of some models.
+    fn attend(&mut self, source: &mut Source, with: bool) {
         let Some(n) = self.handle(source) else { return };
         let (codec, page) = (self.handles[n].codec, self.handles[n].page_bytes);
         let shape = &self.handles[n].shape;
@@ -653,9 +656,27 @@ impl Caller {
             array(args.open_blocks.cast(), args.num_open as usize, 2 * heads as usize * 128 * d * size),
             array(args.open_slot.cast(), args.num_blocks as usize, 4),
         ];
-        if self.exists(&arrays) && self.maps(args.num_blocks) {
+        if !self.exists(&arrays) || !self.maps(args.num_blocks) {
+            return;
+        }
+        if !with {
             // SAFETY: the codec lives; all arrays lie in the arena, or one of them is refused before any is read.
             self.call("kakeya_attend", &[out, lse], || unsafe { kakeya_attend(codec, &args) });
+            return;
+        }
+        let options = kakeya_attend_options {
+            struct_size: struct_size::<kakeya_attend_options>(source),
+            soft_cap: match source.u8() {
+                0..64 => 0.0,
+                64..224 => 30.0,
+                _ => source.f32(),
+            },
+            sinks: self.pointer(source, SINKS).cast::<f32>(),
+        };
+        let given: *const kakeya_attend_options = if source.u8() == 255 { null_mut() } else { &raw const options };
+        if self.exists(&[array(options.sinks.cast(), q_heads as usize, 4)]) {
+            // SAFETY: as above, and the options are NULL or of this frame.
+            self.call("kakeya_attend_with", &[out, lse], || unsafe { kakeya_attend_with(codec, &args, given) });
         }
     }
 }
