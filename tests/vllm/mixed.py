@@ -84,12 +84,16 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make(directory: Path, name: str) -> Path:
-    """A random instance of ``MODELS[name]``, as transformers initialises and saves it, with weights
+    """A random instance of ``MODELS[name]``."""
+    return instance(directory, COMMON | MODELS[name])
+
+
+def instance(directory: Path, about: dict[str, Any]) -> Path:
+    """A random model with this config.json, as transformers initialises and saves it, with weights
     scaled so that attention matters and logits are not nearly equal."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    about = COMMON | MODELS[name]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(about, indent=1))
     config = AutoConfig.from_pretrained(directory)
@@ -121,10 +125,11 @@ def prompts() -> list[list[int]]:
     return [engines.tokens(70 + i, n) for i, n in enumerate(LENGTHS)]
 
 
-def measure(model: Path) -> dict[str, Any]:
+def measure(model: Path, **more: Any) -> dict[str, Any]:
     """What the model says of the prompts (log-probabilities by token) with the stock cache and at
-    two ratios, checked by KAKEYA_VERIFY; compressed layers, and the KV-cache groups."""
-    options = OPTIONS | {"dtype": engines.exact_dtype()}
+    two ratios, checked by KAKEYA_VERIFY; compressed layers, and the KV-cache groups. ``more``:
+    options of the engines."""
+    options = OPTIONS | {"dtype": dtype_of(model)} | more
     stock = {"attention_backend": None, "block_size": lib.BLOCK_TOKENS}
     with engines.engine(model, EXACT, **options | stock) as engine:
         found: dict[str, Any] = {"stock": [engine.prompt_logprobs(p) for p in prompts()]}
@@ -138,25 +143,53 @@ def measure(model: Path) -> dict[str, Any]:
             specs = engine.worker(_specs)
             found["groups"] = [
                 {
-                    "window": spec.sliding_window,
+                    "kind": type(spec).__name__,
+                    "window": getattr(spec, "sliding_window", None),
                     "block": spec.block_size,
                     "bytes": spec.page_size_bytes,
-                    "used": spec.unpadded_page_size_bytes,
+                    "used": _used(spec),
                 }
                 for spec in specs
             ]
     return found
 
 
+def dtype_of(model: Path) -> str:
+    """The type to run it in: what is exact, if its kernels on the CPU take that."""
+    own = json.loads((model / "config.json").read_text())["torch_dtype"]
+    return engines.exact_dtype() if engines.on_gpu() else own
+
+
+def _used(spec: Any) -> int:
+    """Bytes of a block that are not padding."""
+    kept = getattr(spec, "unpadded_page_size_bytes", None)  # a state has no pages
+    return spec.state_content_size_bytes if kept is None else kept
+
+
+def apart(first: list[list[float]], second: list[list[float]]) -> float:
+    """Root mean square difference of log-probabilities."""
+    differences = [
+        (a - b) ** 2
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one, other, strict=True)
+    ]
+    return (sum(differences) / len(differences)) ** 0.5
+
+
 def _specs(worker: Any) -> list[Any]:
     return [group.kv_cache_spec for group in worker.model_runner.kv_cache_config.kv_cache_groups]
 
 
-def measured(model: Path) -> dict[str, Any]:
+def measured(model: Path, **more: Any) -> dict[str, Any]:
     """:func:`measure` in a process of its own."""
+    return elsewhere(__file__, model, json.dumps(more))
+
+
+def elsewhere(script: str, model: Path, *arguments: str) -> dict[str, Any]:
+    """What a script prints of a model, as a line of JSON."""
     with engines.variables({"VLLM_LOGGING_LEVEL": "ERROR"}):
         done = subprocess.run(
-            [sys.executable, __file__, str(model)],
+            [sys.executable, script, str(model), *arguments],
             capture_output=True,
             text=True,
             timeout=600,
@@ -169,4 +202,4 @@ def measured(model: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]))), flush=True)
+    print(json.dumps(measure(Path(sys.argv[1]), **json.loads(sys.argv[2]))), flush=True)

@@ -13,7 +13,6 @@ from typing import Any
 import engines
 import mixed
 import pytest
-import torch
 from kakeya_vllm import calibrate, lib
 from kakeya_vllm.support import UnsupportedFeature
 
@@ -26,18 +25,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return functools.cache(lambda name: mixed.make(root / name, name))
 
 
-def apart(first: list[list[float]], second: list[list[float]]) -> float:
-    """Root mean square difference of log-probabilities."""
-    a, b = (torch.cat([torch.tensor(run) for run in runs]) for runs in (first, second))
-    return float((a - b).square().mean().sqrt())
-
-
 @pytest.mark.parametrize("name", ["gemma3", "gemma2", "gpt_oss"])
 def test_full_layers_are_compressed_and_the_rest_is_stock(models: Any, name: str) -> None:
     """What a model says of prompts moves by what the recipe loses, and less with more bits. The
     verifier compares seals and outputs, soft cap and sinks included, with references."""
     found = mixed.measured(models(name))
-    moved = {ratio: apart(found[ratio], found["stock"]) for ratio in mixed.RATIOS}
+    moved = {ratio: mixed.apart(found[ratio], found["stock"]) for ratio in mixed.RATIOS}
     print(name, moved)
     # Where experts are chosen, a small change can take another one.
     assert 0 < 2 * moved["2.7x"] < moved["6.4x"]

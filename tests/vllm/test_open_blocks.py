@@ -152,26 +152,60 @@ def test_chunked_prefill_with_ragged_chunks() -> None:
     check_map(pool, scheduler)
 
 
+def prefill(new: list[tuple[str, int, list[int]]]) -> SimpleNamespace:
+    """A step of new requests: name, tokens, blocks."""
+    return SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=0)
+            for name, _, blocks in new
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()
+        ),
+        num_scheduled_tokens={name: count for name, count, _ in new},
+        finished_req_ids=set(),
+        preempted_req_ids=set(),
+    )
+
+
+def decode(name: str, start: int, blocks: list[int]) -> SimpleNamespace:
+    """A step of one token of one request, which gets these blocks."""
+    step = prefill([])
+    step.num_scheduled_tokens = {name: 1}
+    step.scheduled_cached_reqs = SimpleNamespace(
+        req_ids=[name],
+        new_block_ids=[(blocks,) if blocks else None],
+        num_computed_tokens=[start],
+        resumed_req_ids=set(),
+    )
+    return step
+
+
+def open_blocks(pool: OpenBlocks) -> list[int]:
+    """Blocks with a slot."""
+    return (pool.open_slot >= 0).nonzero().flatten().tolist()
+
+
 def test_blocks_may_be_longer() -> None:
     """The seed's of 512 tokens: 300 tokens are open, 512 are not, 1,000 leave the second open."""
     pool = OpenBlocks(64, 8, block_tokens=512)
-    new = [("a", 300, [1]), ("b", 512, [2]), ("c", 1000, [3, 4])]
-    pool.update(
-        SimpleNamespace(
-            scheduled_new_reqs=[
-                SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=0)
-                for name, _, blocks in new
-            ],
-            scheduled_cached_reqs=SimpleNamespace(
-                req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()
-            ),
-            num_scheduled_tokens={name: count for name, count, _ in new},
-            finished_req_ids=set(),
-            preempted_req_ids=set(),
-        )
-    )
+    pool.update(prefill([("a", 300, [1]), ("b", 512, [2]), ("c", 1000, [3, 4])]))
     assert [pool.slots_of(name).keys() for name in "abc"] == [{0}, set(), {1}]
-    assert (pool.open_slot >= 0).nonzero().flatten().tolist() == [1, 4]
+    assert open_blocks(pool) == [1, 4]
+
+
+def test_a_block_may_be_several_pages() -> None:
+    """A hybrid model's of 3 pages: slots are of pages, and the map has all of them."""
+    pool = OpenBlocks(20, 8, pages_per_block=3)
+    assert len(pool.open_slot) == 60
+    pool.update(prefill([("a", 300, [5]), ("b", 383, [2]), ("c", 384, [7])]))
+    assert pool.blocks_of("a") == [15, 16, 17]
+    assert open_blocks(pool) == [2 * 3 + 2, 5 * 3 + 2]
+    pool.update(decode("b", 383, []))  # fills its last page
+    pool.update(decode("b", 384, [4]))  # opens the first page of another block
+    assert pool.blocks_of("b") == [6, 7, 8, 12, 13, 14]
+    assert open_blocks(pool) == [4 * 3, 5 * 3 + 2]
+    assert pool.sealed_blocks == 2 + 2 + 3 + 1
 
 
 def test_prefix_hit_starts_at_a_block_boundary() -> None:

@@ -1,7 +1,8 @@
 """The attention backend as vLLM sees it: what a page looks like and what a step looks like.
 
 A KV-cache page of a layer is one compressed page of P bytes per KV head for 128 tokens, so vLLM's
-logical tensor ``[blocks, heads, states, bytes]`` has one state a block: ``[B, H, 1, P]`` uint8.
+logical tensor ``[blocks, heads, states, bytes]`` has one state a block: ``[B, H, 1, P]`` uint8. In
+a hybrid model a block of the scheduler is several of these (hybrid.py).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kakeya_vllm import lib
+from kakeya_vllm import hybrid, lib
 from kakeya_vllm.cuda import batch_invariant
 
 
@@ -40,9 +40,9 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     dtype = vllm_config.model_config.dtype
     names = layers_by_cache(runtime, specs)
     compressed, kept = ([layer_index(x) for x in names[kind]] for kind in ("compressed", "stock"))
-    windowed, drafting = names["windowed"], len(names["draft"])
+    windowed, states, drafting = names["windowed"], names["state"], len(names["draft"])
     of_draft = f"; {drafting} of the draft model, stock" if drafting else ""
-    growing = [spec for name, spec in specs.items() if name not in windowed]
+    growing = growing_specs(names, specs)
     before, after = bytes_per_token(growing, dtype.itemsize)
     pool = sum(layer.impl.open_pool.nbytes for layer in runtime.layers.values())
     slots = runtime.open_blocks.num_open if runtime.open_blocks else 0
@@ -50,7 +50,7 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     block_size = groups[runtime.group].kv_cache_spec.block_size if groups else lib.BLOCK_TOKENS
     capacity = f"{kv_cache_config.num_blocks * block_size} tokens in {kv_cache_config.num_blocks} "
     capacity += f"blocks of {block_size}"
-    if windowed:
+    if windowed or states:
         capacity = _shared_capacity(vllm_config, kv_cache_config)
     library = lib.load()
     name = str(dtype).removeprefix("torch.")
@@ -59,6 +59,7 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     if after:
         ratio = f"{before / after:.2f}x"
         which = "full-attention layers" if windowed else "all layers"
+        which = "attention layers" if states else which
         per_token = f"{before:.0f} in {name} -> {after:.1f}, {which} ({ratio})"
     buffers = []
     if runtime.cuda is not None:
@@ -74,6 +75,7 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
         f"  layers            {len(compressed)} compressed: {_layers(compressed)}; "
         f"{len(kept)} stock {name}: {_layers(kept)}{of_draft}",
         *([f"  windows           {_windows(specs, windowed)}"] if windowed else []),
+        *([f"  states            {_states(specs, states, runtime)}"] if states else []),
         f"  bytes per token   {per_token}",
         f"  prefill           {settings.prefill}",
         *(["  verify            on: pages and outputs are checked"] if settings.verify else []),
@@ -84,20 +86,39 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
 
 
 def layers_by_cache(runtime: Any, specs: dict[str, Any]) -> dict[str, list[str]]:
-    """Names of the layers with these specs: compressed; and with the stock cache: of all tokens, of
-    those in a window, and a draft model's."""
+    """Names of the layers with these specs: compressed; with the stock cache: of all tokens, of
+    those in a window, and a draft model's; and those that keep a state."""
     from kakeya_vllm.support import is_draft_layer
 
     total = runtime.vllm_config.model_config.get_total_num_hidden_layers()
-    found: dict[str, list[str]] = {"compressed": [], "stock": [], "windowed": [], "draft": []}
+    kinds = ("compressed", "stock", "windowed", "state", "draft")
+    found: dict[str, list[str]] = {kind: [] for kind in kinds}
     for name, spec in specs.items():
         kind = "stock" if getattr(spec, "sliding_window", None) is None else "windowed"
         if name in runtime.layers:
             kind = "compressed"
+        elif hybrid.is_state(spec):
+            kind = "state"
         elif is_draft_layer(name, total):
             kind = "draft"
         found[kind].append(name)
     return found
+
+
+def growing_specs(names: dict[str, list[str]], specs: dict[str, Any]) -> list[Any]:
+    """Specs of the layers whose cache grows with every token; ``names``: by cache."""
+    fixed = {*names["windowed"], *names["state"]}
+    return [spec for name, spec in specs.items() if name not in fixed]
+
+
+def _states(specs: dict[str, Any], states: list[str], runtime: Any) -> str:
+    """What the layers with a state keep, in blocks of as many bytes as ours."""
+    used = max(specs[name].state_content_size_bytes for name in states)
+    size = specs[states[0]].page_size_bytes
+    return (
+        f"{len(states)} layers keep a state; one takes a block of {runtime.pages_per_block} pages "
+        f"({used / size:.0%} of its bytes)"
+    )
 
 
 def _windows(specs: dict[str, Any], windowed: list[str]) -> str:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kakeya_vllm import __version__, config, lib, register, support, version
+from kakeya_vllm import __version__, config, hybrid, lib, register, support, version
 
 # What a refusal's words call for. The first key that occurs in the reason.
 WAYS = {
@@ -35,7 +35,8 @@ WAYS = {
     "speculative decoding with": "use n-gram drafts (on the CPU also a draft model), or no drafts",
     "MLA": "use the stock cache; it is compressed by the model itself",
     "sliding-window": "use the stock cache for this model",
-    "state-space": "use the stock cache for this model",
+    "hybrid model": "leave that setting away, or use the stock cache for this model",
+    "without attention layers": "use the stock cache for this model",
     "sealed on a GPU": "unset KAKEYA_PREFILL",
     "no recipe is named": "name one of the presets, or a ratio such as kakeya-4.6x",
 }
@@ -236,7 +237,11 @@ def _figures(vllm_config: Any, settings: config.Settings) -> dict[str, Any]:
     about, parallel = vllm_config.model_config, vllm_config.parallel_config
     # Of layers that keep every token; what those of a window keep does not grow with it.
     windowed = len(support.windowed_layers(about.hf_text_config))
-    layers = about.get_total_num_hidden_layers() - windowed
+    total = about.get_total_num_hidden_layers()
+    layers, states = total - windowed, 0
+    if hybrid.is_hybrid(about):
+        layers = hybrid.count_attention_layers(about.hf_text_config, total)
+        states = total - layers or total  # or both in every layer
     heads, head_dim = about.get_total_num_kv_heads(), about.get_head_size()
     item = about.dtype.itemsize
     kept = len(settings.boundary_skip_layers)
@@ -256,6 +261,7 @@ def _figures(vllm_config: Any, settings: config.Settings) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "layers": layers,
         "windowed_layers": windowed,
+        "state_layers": states,
         "boundary_layers": list(settings.boundary_skip_layers),
         "kv_heads": heads,
         "query_heads": about.model_arch_config.total_num_attention_heads,
@@ -279,7 +285,7 @@ def _figures(vllm_config: Any, settings: config.Settings) -> dict[str, Any]:
         "cache_bytes": room,
         "cache_is": where,
     }
-    if room is not None and not windowed:
+    if room is not None and not windowed and not states:
         on_gpu = where.startswith("GPU")
         cache = max(0, room - (weights or 0)) if on_gpu else room
         mine = max(0, cache - open_bytes) if on_gpu else cache
@@ -298,13 +304,14 @@ def _model_findings(figures: dict[str, Any], settings: config.Settings) -> list[
     group = figures["query_heads"] // figures["kv_heads"]
     sizes = figures["bytes_per_token"]
     compressed = figures["layers"] - len(kept)
-    windowed = figures["windowed_layers"]
+    windowed, states = figures["windowed_layers"], figures["state_layers"]
     found = [
         Finding(
             "layers",
             f"{compressed} compressed, {len(kept)} kept in {figures['dtype']}"
             + (f" ({', '.join(map(str, kept))})" if kept else "")
-            + (f", {windowed} with a window, in {figures['dtype']}" if windowed else ""),
+            + (f", {windowed} with a window, in {figures['dtype']}" if windowed else "")
+            + (f", {states} keep a state" if states else ""),
         ),
         Finding(
             "heads",
@@ -325,7 +332,8 @@ def _model_findings(figures: dict[str, Any], settings: config.Settings) -> list[
             "bytes a token",
             f"{sizes['bf16']:,.0f} in {figures['dtype']}, {sizes['fp8']:,.0f} in fp8, "
             f"{sizes['kakeya']:,.1f} with KAKEYA ({figures['ratio']:.2f}x)"
-            + ("; layers without a window only, before pages are padded" if windowed else ""),
+            + ("; layers without a window only, before pages are padded" if windowed else "")
+            + ("; attention only, states take whole blocks" if states else ""),
         )
     )
     pool = figures["open_blocks"]
@@ -340,7 +348,7 @@ def _model_findings(figures: dict[str, Any], settings: config.Settings) -> list[
     if capacity is None:
         why = (
             "depends on lengths: the start-up log has it"
-            if windowed
+            if windowed or states
             else "not known on this machine"
         )
         found.append(Finding("capacity", why))

@@ -38,8 +38,8 @@ _HELP = {
     "kakeya_open_blocks_limit": "Open blocks in the pool.",
     "kakeya_open_blocks_usage": "Open blocks in use, as a part of the pool, 0 to 1.",
     "kakeya_open_blocks_bytes": "Size of the pool of open blocks, all layers.",
-    "kakeya_layers": "Layers by cache: compressed; stock: all tokens, windowed, a draft model's.",
-    "kakeya_kv_bytes_per_token": "KV bytes of a token, no windowed layers: as allocated, and bf16.",
+    "kakeya_layers": "Layers by cache: compressed, stock, windowed or draft (both stock), state.",
+    "kakeya_kv_bytes_per_token": "KV bytes a token, of caches that grow: as allocated, and bf16.",
     "kakeya_recipe_info": "1; recipe and version are in the labels.",
 }
 
@@ -90,7 +90,7 @@ class WorkerMetrics:
         specs = banner.layer_specs(kv_cache_config)
         layers = banner.layers_by_cache(runtime, specs)
         compressed = [specs[name] for name in layers["compressed"]]
-        growing = [spec for name, spec in specs.items() if name not in layers["windowed"]]
+        growing = banner.growing_specs(layers, specs)
         before, after = banner.bytes_per_token(compressed, BF16_BYTES)
         self._block_tokens = runtime.settings.block_tokens
         self._saved_per_block = (before - after) * self._block_tokens

@@ -93,12 +93,19 @@ class OpenBlocks:
         group: int = 0,
         lookback: int = 0,
         block_tokens: int = BLOCK_TOKENS,
+        pages_per_block: int = 1,
     ):
         """``num_blocks``: of the KV cache; ``group``: index of our KV-cache group in the tuples
-        of block ids; ``lookback``: see :func:`lookback_tokens`; ``block_tokens``: of a block."""
+        of block ids; ``lookback``: see :func:`lookback_tokens`; ``block_tokens``: of a page.
+
+        ``pages_per_block``: of the scheduler's blocks. With more than one, a block stands for that
+        many of its own here, as in vLLM's block tables: page ``j`` of block ``b`` is
+        ``b * pages_per_block + j``.
+        """
         self.num_open = num_open
         self._block = block_tokens
-        self.open_slot = torch.full((num_blocks,), -1, dtype=torch.int32)
+        self._pages_per_block = pages_per_block
+        self.open_slot = torch.full((num_blocks * pages_per_block,), -1, dtype=torch.int32)
         self.peak = 0
         self.sealed_blocks = 0  # so far; one that rejected drafts filled is counted once
         self._map = self.open_slot.numpy()  # the same memory; item access is far cheaper
@@ -155,7 +162,7 @@ class OpenBlocks:
         for new in step.scheduled_new_reqs:
             # A known id: a session that got more input; its blocks so far stay where they are.
             request = self._requests.setdefault(new.req_id, _Request([]))
-            self._replace_blocks(request, new.block_ids[self._group])
+            self._replace_blocks(request, self._pages(new.block_ids))
             starts[new.req_id] = new.num_computed_tokens
         cached = step.scheduled_cached_reqs
         for request_id, new_blocks, computed in zip(
@@ -163,11 +170,11 @@ class OpenBlocks:
         ):
             if request_id in cached.resumed_req_ids:
                 self._forget(request_id)
-                self._requests[request_id] = _Request(list(new_blocks[self._group]))
+                self._requests[request_id] = _Request(self._pages(new_blocks))
             elif request_id not in self._requests:
                 raise OpenBlockError(f"request {request_id} is scheduled but was never announced")
             elif new_blocks is not None:
-                self._requests[request_id].block_ids.extend(new_blocks[self._group])
+                self._requests[request_id].block_ids.extend(self._pages(new_blocks))
             starts[request_id] = computed
 
         # Free everything that can be freed before the first slot is taken.
@@ -177,6 +184,13 @@ class OpenBlocks:
             count = step.num_scheduled_tokens.get(request_id, 0)
             self._take(request_id, self._requests[request_id], start, count)
         self.peak = max(self.peak, self.in_use)
+
+    def _pages(self, block_ids: Any) -> list[int]:
+        """Our group's of a tuple of lists of the scheduler's block ids, page by page; a new list:
+        the scheduler's own may grow later."""
+        per_block = self._pages_per_block
+        ours = block_ids[self._group]
+        return [block * per_block + page for block in ours for page in range(per_block)]
 
     def _take(self, request_id: str, request: _Request, start: int, count: int) -> None:
         """Give a slot to each block that [start, start + count) touches and does not fill."""
@@ -235,7 +249,7 @@ class OpenBlocks:
             request,
             [i for i in request.slots if i >= len(block_ids) or block_ids[i] != known[i]],
         )
-        request.block_ids = list(block_ids)  # the scheduler's own list may grow later
+        request.block_ids = block_ids
 
     def _forget(self, request_id: str) -> None:
         request = self._requests.pop(request_id, None)

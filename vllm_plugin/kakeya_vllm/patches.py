@@ -8,7 +8,9 @@ and for engines that did not select KAKEYA nothing else does. Applying a patch t
 |---|---|---|
 | engine_args | EngineArgs.create_engine_config | vLLM offers a start-up hook for backends |
 | cpu_platform | CpuPlatform.get_attn_backend_cls | the CPU platform honours the selected backend |
+| platform, and cpu_platform | update_block_size_for_backend | pages are counted whole there |
 | attention_layer | Attention.__init__ | vLLM selects a backend per layer |
+| cpu_model_runner | CPUModelRunner._zero_block_ids | it knows of kernel blocks |
 | transfer.register | nothing; names two connectors | connectors have entry points of their own |
 | worker | Worker.load_model, initialize_from_config, execute_model | see the functions below |
 """
@@ -33,8 +35,10 @@ def install(*, all_patches: bool) -> None:
     when_imported("vllm.engine.arg_utils", engine_args)
     if all_patches:
         when_imported("vllm.platforms.cpu", cpu_platform)
+        when_imported("vllm.platforms.interface", platform)
         when_imported("vllm.model_executor.layers.attention.attention", attention_layer)
         when_imported("vllm.v1.worker.gpu_worker", worker)
+        when_imported("vllm.v1.worker.cpu_model_runner", cpu_model_runner)
         when_imported("vllm.distributed.kv_transfer.kv_connector.factory", transfer.register)
 
 
@@ -143,6 +147,31 @@ def cpu_platform(module: ModuleType) -> None:
         return classmethod(get_attn_backend_cls)
 
     _wrap(module.CpuPlatform, "get_attn_backend_cls", wrap)
+    _wrap(module.CpuPlatform, "update_block_size_for_backend", _wrap_block_size)
+
+
+def platform(module: ModuleType) -> None:
+    """Choose the blocks of a hybrid model.
+
+    Why: _align_hybrid_block_size asks the backend for the bytes of one token, to find how many a
+    state takes, and a token's share of a page is no whole number of bytes.
+    How: see hybrid.py. Other models go the original way. CpuPlatform has a method of its own.
+    Goes away when vLLM asks for the bytes of a block that the backend supports.
+    """
+    _wrap(module.Platform, "update_block_size_for_backend", _wrap_block_size)
+
+
+def _wrap_block_size(original: classmethod) -> classmethod:
+    @functools.wraps(original.__func__)
+    def update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
+        from kakeya_vllm import hybrid
+
+        if hybrid.aligns(vllm_config):
+            hybrid.align(vllm_config)
+        else:
+            original.__func__(cls, vllm_config)
+
+    return classmethod(update_block_size_for_backend)
 
 
 def attention_layer(module: ModuleType) -> None:
@@ -185,6 +214,29 @@ def attention_layer(module: ModuleType) -> None:
         return __init__
 
     _wrap(module.Attention, "__init__", wrap)
+
+
+def cpu_model_runner(module: ModuleType) -> None:
+    """Leave the pages of a hybrid model as they are when vLLM takes a block into use.
+
+    Why: _zero_block_ids (0.32, 0.33) takes the scheduler's block ids for indices of a layer's
+    cache. Where a block is several pages it would zero pages of other blocks. Ours need no zeros:
+    a page is read once it was sealed, never before.
+    How: do nothing, since all attention layers of such a model are compressed; states are not its
+    business. Goes away when the CPU's runner zeroes kernel blocks, as the GPU's does.
+    """
+
+    def wrap(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def _zero_block_ids(self: Any, block_ids: list[int]) -> None:
+            from kakeya_vllm import hybrid
+
+            if not hybrid.aligns(self.vllm_config):
+                original(self, block_ids)
+
+        return _zero_block_ids
+
+    _wrap(module.CPUModelRunner, "_zero_block_ids", wrap)
 
 
 def worker(module: ModuleType) -> None:

@@ -46,8 +46,10 @@ def find(model: torch.nn.Module, layer_names: list[str], hf_config: Any) -> Rope
     model that should rotate shows no rotary module.
     """
     modules = dict(model.named_modules())
+    # A layer's name is mostly its place in the model, and not always (Falcon-H1).
+    places = {getattr(module, "layer_name", None): path for path, module in modules.items()}
     found: dict[str, torch.nn.Module | None] = {
-        name: _nearest_rotary(modules, name) for name in layer_names
+        name: _nearest_rotary(modules, places.get(name, name)) for name in layer_names
     }
     distinct = {id(module): module for module in found.values() if module is not None}
     if not distinct:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from kakeya_vllm import banner, config, lib, metrics, rope, support
+from kakeya_vllm import banner, config, hybrid, lib, metrics, rope, support
 from kakeya_vllm.config import ConfigError, Settings
 from kakeya_vllm.cuda import CudaWorker
 from kakeya_vllm.open_blocks import OpenBlocks, lookback_tokens, pool_size
@@ -28,6 +28,7 @@ class Runtime:
         self.settings = settings
         self.layers = layers  # name -> vLLM Attention layer, compressed ones only
         self.group = 0  # index of the compressed layers' group among vLLM's KV-cache groups
+        self.pages_per_block = 1  # of vLLM's blocks; more for a hybrid model
         self.codec = codec
         self.open_blocks: OpenBlocks | None = None
         self.cuda: CudaWorker | None = None
@@ -66,7 +67,7 @@ class Runtime:
         if self.layers:
             self._make_open_blocks(kv_cache_config)
         if self.cuda is not None:
-            self.cuda.bind(kv_cache_config.num_blocks)
+            self.cuda.bind(kv_cache_config.num_blocks * self.pages_per_block)
         if self.verifier is not None:
             self.verifier.open_blocks = self.open_blocks
         self.metrics = metrics.of_worker(self, kv_cache_config)
@@ -120,23 +121,26 @@ class Runtime:
             raise support.UnsupportedFeature(
                 [
                     f"compressed layers in {len(ours)} KV cache groups (valid: 1; this model has "
-                    "more full-attention layers than sliding-window layers)"
+                    "more full-attention layers than layers of another kind)"
                 ]
             )
         (self.group,) = ours
         spec = groups[self.group].kv_cache_spec
         block_size = spec.block_size
         valid = self.settings.block_tokens
-        if block_size != valid:
+        whole = hybrid.is_hybrid(self.vllm_config.model_config) and block_size % valid == 0
+        if block_size != valid and not whole:
             raise support.UnsupportedFeature(
                 [f"block size {block_size} (valid: {valid}, the codec's block)"]
             )
+        self.pages_per_block = block_size // valid
         self.open_blocks = OpenBlocks(
             kv_cache_config.num_blocks,
             pool_size(self.vllm_config),
             group=self.group,
             lookback=lookback_tokens(self.vllm_config),
             block_tokens=valid,
+            pages_per_block=self.pages_per_block,
         )
 
 

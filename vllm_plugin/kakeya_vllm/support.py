@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from kakeya_vllm import config, lib, register, transfer, version
+from kakeya_vllm import config, hybrid, lib, register, transfer, version
 from kakeya_vllm.lib import BLOCK_TOKENS
 
 # Where drafts may come from: without a model, or from one with layers of its own. To those vLLM
@@ -53,6 +53,15 @@ def windowed_layers(text_config: Any) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
 
 
+def other_layers(model_config: Any) -> str:
+    """A name for models whose layers do not all keep every token; empty for any other."""
+    if hybrid.is_hybrid(model_config):
+        return "a hybrid model"
+    if windowed_layers(model_config.hf_text_config):
+        return "a model that mixes full and sliding-window layers"
+    return ""
+
+
 def check_config(vllm_config: Any) -> None:
     """Raise UnsupportedFeature if anything in the engine's configuration is not supported, and
     ConfigError for a recipe of the seed that cannot be served."""
@@ -66,9 +75,10 @@ def check_config(vllm_config: Any) -> None:
         *transfer.features(
             vllm_config,
             seed=seed is not None,
-            mixed=bool(windowed_layers(vllm_config.model_config.hf_text_config)),
+            mixed=other_layers(vllm_config.model_config),
         ),
         *_parallel_features(vllm_config.parallel_config),
+        *_hybrid_features(vllm_config),
         *_replicated_heads(vllm_config),
         *_speculative_features(vllm_config),
     ]
@@ -145,6 +155,8 @@ def _cuda_features(
         found.append("logits soft cap on a GPU")
     if windowed_layers(text):
         found.append("models that mix full and sliding-window layers on a GPU")
+    if hybrid.is_hybrid(model):
+        found.append("hybrid models on a GPU (not tried)")
     speculative = vllm_config.speculative_config
     if speculative is not None and (speculative.num_speculative_tokens or 0) >= cuda.MAX_QUERY:
         found.append(
@@ -170,9 +182,8 @@ def check_settings(settings: Any, vllm_config: Any) -> None:
             raise UnsupportedFeature(
                 [f"KAKEYA_VERIFY=1 with CUDA graphs ({mode.name}); add --enforce-eager"]
             )
-    if windowed_layers(vllm_config.model_config.hf_text_config):
+    if mixed := other_layers(vllm_config.model_config):
         # Both would be layers with pages of yet another size.
-        mixed = "a model that mixes full and sliding-window layers"
         if settings.boundary_skip_layers:
             raise UnsupportedFeature([f"boundary layers in {mixed}"])
         if settings.seed is not None:
@@ -189,8 +200,8 @@ def _model_features(model: Any) -> list[str]:
         found.append("MLA (multi-head latent attention)")
     if model.is_encoder_decoder:
         found.append("cross attention (an encoder-decoder model)")
-    if model.is_hybrid or model.is_attention_free:
-        found.append("state-space and linear-attention layers (a hybrid model)")
+    if model.is_attention_free:
+        found.append("a model without attention layers")
     if model.uses_alibi:
         found.append("ALiBi")
     if model.uses_mrope:
@@ -245,6 +256,21 @@ def _parallel_features(parallel: Any) -> list[str]:
         found.append("prefill context parallelism (PCP)")
     if parallel.use_ubatching:
         found.append("micro-batching (enable_dbo, ubatch_size)")
+    return found
+
+
+def _hybrid_features(vllm_config: Any) -> list[str]:
+    """What a model with attention layers and layers that keep a state does not do with KAKEYA."""
+    if not hybrid.is_hybrid(vllm_config.model_config):
+        return []
+    found = []
+    if windowed_layers(vllm_config.model_config.hf_text_config):
+        found.append("a hybrid model with sliding-window layers")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        # A stage sees only its own states, and all stages have to agree on a block.
+        found.append("a hybrid model with pipeline parallelism")
+    if vllm_config.speculative_config is not None:
+        found.append("a hybrid model with speculative decoding (not tried)")
     return found
 
 

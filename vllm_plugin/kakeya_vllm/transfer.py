@@ -29,9 +29,9 @@ def register(module: Any) -> None:
             factory.register_connector(name, MODULE, name)
 
 
-def features(vllm_config: Any, *, seed: bool, mixed: bool) -> list[str]:
+def features(vllm_config: Any, *, seed: bool, mixed: str) -> list[str]:
     """What is not supported of an engine's KV connector. ``seed``: with a recipe of the seed;
-    ``mixed``: with a model whose layers differ in the tokens that they keep."""
+    ``mixed``: what to call a model whose layers differ in what they keep, empty for any other."""
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector is None:
         return []
@@ -41,7 +41,7 @@ def features(vllm_config: Any, *, seed: bool, mixed: bool) -> list[str]:
         found.append("KV connectors with a recipe of the seed")
     if mixed:
         # Blocks of several groups: a load would have to bring all of them, or none.
-        found.append("KV connectors with a model that mixes full and sliding-window layers")
+        found.append(f"KV connectors with {mixed}")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         found.append("KV connectors with pipeline parallelism")
     speculative = vllm_config.speculative_config

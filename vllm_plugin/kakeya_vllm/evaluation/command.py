@@ -18,6 +18,7 @@ from kakeya_vllm import __version__, engine
 from kakeya_vllm.evaluation import generation, metrics, protocol, tasks
 from kakeya_vllm.evaluation.metrics import TokenFigures
 from kakeya_vllm.evaluation.protocol import Cache
+from kakeya_vllm.hybrid import keeps_states
 from kakeya_vllm.progress import write_atomically
 from kakeya_vllm.seed import recipe as seed_recipe
 from kakeya_vllm.support import windowed_layers
@@ -253,11 +254,17 @@ def _run_part(
 def refuse_mixed(model: str) -> None:
     """SystemExit for a model that mixes kinds of layers: layers are numbered by what is coded here,
     and bytes a token are those of full attention."""
-    if windowed_layers(_text_config(model)):
-        raise SystemExit(
-            f"kakeya: {model} mixes full and sliding-window layers, which this evaluation does not "
-            "measure; --task asks such a model questions"
-        )
+    text = _text_config(model)
+    if windowed_layers(text):
+        kind = "mixes full and sliding-window layers"
+    elif keeps_states(text):
+        kind = "is a hybrid model"
+    else:
+        return
+    raise SystemExit(
+        f"kakeya: {model} {kind}, which this evaluation does not measure; --task asks such a model "
+        "questions"
+    )
 
 
 def layers_of(model: str) -> int:
