@@ -59,7 +59,8 @@ class Family:
     """One architecture. ``config`` is the model's config.json, over :data:`COMMON`.
 
     ``refused``: the feature that KAKEYA names, empty for a family that runs. ``loads``: whether
-    the refusal needs a loaded model; otherwise it comes while the engine is configured.
+    the refusal needs a loaded model; otherwise it comes while the engine is configured. ``error``:
+    the class of the refusal; libkakeya has its own.
     """
 
     title: str
@@ -67,6 +68,7 @@ class Family:
     config: dict[str, Any] = field(repr=False)
     refused: str = ""
     loads: bool = False
+    error: str = "UnsupportedFeature"
     experts: bool = False
 
     @property
@@ -335,6 +337,21 @@ MIXTURES: dict[str, Family] = {
         ),
         experts=True,
     ),
+    "ernie45_moe": Family(
+        "ERNIE 4.5 MoE",
+        "experts, a rotary embedding of neighbours",
+        _of(
+            "Ernie4_5_MoeForCausalLM",
+            "ernie4_5_moe",
+            GQA,
+            moe_num_experts=4,
+            moe_k=2,
+            moe_intermediate_size=256,
+            moe_num_shared_experts=1,
+            moe_layer_start_index=0,
+        ),
+        experts=True,
+    ),
     "gpt_oss": Family(
         "gpt-oss",
         "experts, sinks, YaRN, windows in every other layer",
@@ -447,6 +464,61 @@ REFUSED: dict[str, Family] = {
         _of("MistralForCausalLM", "mistral", GQA, head_dim=128, sliding_window=mixed.WINDOW),
         refused="sliding-window attention in all layers",
     ),
+    "llama4": Family(
+        "Llama 4",
+        "chunked attention",
+        _of(
+            "Llama4ForCausalLM",
+            "llama4_text",
+            GQA,
+            num_hidden_layers=4,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            intermediate_size_mlp=512,
+            head_dim=64,
+            attention_chunk_size=256,
+        ),
+        refused="chunked local attention",
+    ),
+    "gemma3n": Family(
+        "Gemma 3n",
+        "layers that read the cache of others",
+        _of(
+            "Gemma3nForCausalLM",
+            "gemma3n_text",
+            num_key_value_heads=1,
+            head_dim=256,
+            num_hidden_layers=4,
+            layer_types=[SLIDING, FULL, SLIDING, FULL],
+            sliding_window=mixed.WINDOW,
+            num_kv_shared_layers=2,
+            vocab_size_per_layer_input=mixed.VOCABULARY,
+            hidden_size_per_layer_input=64,
+            laurel_rank=16,
+            activation_sparsity_pattern=[0.0] * 4,
+            intermediate_size=[512] * 4,
+            tie_word_embeddings=True,
+        ),
+        refused="layers that share another layer's KV cache",
+        loads=True,
+    ),
+    "gemma4": Family(
+        "Gemma 4",
+        "heads of another size in full layers than beside windows",
+        _of(
+            "Gemma4ForCausalLM",
+            "gemma4_text",
+            GQA,
+            THREE_TO_ONE,
+            head_dim=128,
+            global_head_dim=256,
+            num_kv_shared_layers=0,
+            vocab_size_per_layer_input=mixed.VOCABULARY,
+            hidden_size_per_layer_input=64,
+            tie_word_embeddings=True,
+        ),
+        refused="layers that differ in their heads",
+    ),
     "phi3_longrope": Family(
         "Phi-3, 128k",
         "LongRoPE",
@@ -467,6 +539,7 @@ REFUSED: dict[str, Family] = {
         _of("StableLmForCausalLM", "stablelm", MHA, hidden_size=320, partial_rotary_factor=0.25),
         refused="head_dim 80",
         loads=True,
+        error="KakeyaError",
     ),
     "gpt_neox": Family(
         "GPT-NeoX, Pythia",
@@ -479,6 +552,27 @@ REFUSED: dict[str, Family] = {
         "OLMo 2",
         "vLLM's Transformers backend",
         _of("Olmo2ForCausalLM", "olmo2", GQA),
+        refused=ELSEWHERE,
+        loads=True,
+    ),
+    "olmo3": Family(
+        "OLMo 3",
+        "vLLM's Transformers backend, windows",
+        _of("Olmo3ForCausalLM", "olmo3", GQA, THREE_TO_ONE),
+        refused=ELSEWHERE,
+        loads=True,
+    ),
+    "seed_oss": Family(
+        "Seed-OSS",
+        "vLLM's Transformers backend",
+        _of("SeedOssForCausalLM", "seed_oss", GQA, head_dim=64),
+        refused=ELSEWHERE,
+        loads=True,
+    ),
+    "hunyuan": Family(
+        "Hunyuan dense",
+        "vLLM's Transformers backend",
+        _of("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", GQA, head_dim=64),
         refused=ELSEWHERE,
         loads=True,
     ),
