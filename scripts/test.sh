@@ -58,6 +58,7 @@ part "rustfmt" cargo fmt --all --check
 part "ruff check" "$VENV/bin/ruff" check .
 part "ruff format" "$VENV/bin/ruff" format --check .
 part "clang-format" clang_format
+part "docs/support.md" "$PY" scripts/support.py check
 part "clippy" cargo clippy --workspace --all-targets --locked -- -D warnings
 if [[ ${1:-} != lint ]]; then
     part "rust tests" rust_tests

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import api_reference
 import pytest
+import support
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -149,6 +150,71 @@ def test_what_the_reference_would_leave_out_is_refused(declaration: str, why: st
         api_reference.declarations(
             api_reference.parse(f"#ifndef G\n#define G\n{declaration}\n#endif\n")
         )
+
+
+# What runs and what is refused ---------------------------------------------------------------
+
+
+def test_the_page_of_support_is_current() -> None:
+    assert support.PAGE.read_text() == support.render(), "scripts/support.py write"
+
+
+def test_refusals_are_read_from_sources() -> None:
+    source = """
+def check(model):
+    found = ["one"]
+    found.append(f"two {model}" " and more")
+    found.extend(f"three {x}" for x in model)
+    other = "not a list"
+    raise UnsupportedFeature(["four"], "where")
+
+def parts():
+    return ["five"]
+
+def untried():
+    return ["said in the log"]
+"""
+    texts = ["one", "five", "two … and more", "three …", "four"]
+    assert sorted(support.refusals(source, lists=True)) == sorted(texts)
+    assert support.refusals(source, lists=False) == ["four"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ([*support.all_refusals(), "a new one"], "has no line in REFUSALS.*: a new one"),
+        ([x for x in support.all_refusals() if x != "ALiBi"], "nothing in the plugin says 'ALiBi'"),
+    ],
+)
+def test_every_refusal_has_a_line_and_every_line_a_refusal(change: list[str], why: str) -> None:
+    assert list(support.refusal_tables(support.all_refusals()))
+    with pytest.raises(support.NotUnderstood, match=why):
+        list(support.refusal_tables(change))
+
+
+@pytest.mark.parametrize(
+    ("test", "where", "why"),
+    [
+        ("engine::gone", None, "no test test_engine.py::test_gone"),
+        ("gone::gone", None, "no test test_gone.py::test_gone"),
+        ("gpu_engine::drafts_change_nothing", "cpu", "does not run on the cpu"),  # of the file
+        ("connectors::drafts_are_never_kept", "gpu", "does not run on the gpu"),  # of its own
+        ("engine::forced_preemption_loses_nothing", "gpu", "does not run on the gpu"),  # by a name
+    ],
+)
+def test_tests_that_do_not_show_it_are_refused(test: str, where: str | None, why: str) -> None:
+    with pytest.raises(support.NotUnderstood, match=why):
+        support.shown_by((test,), where)
+    shown = ("engine::forced_preemption_loses_nothing", "engine::capacity_grows_by_the_ratio")
+    assert support.shown_by(shown, "cpu") == "`test_engine.py`"
+
+
+def test_figures_are_those_of_their_tables() -> None:
+    row = support.figures(DOCS / "quality.md", "SmolLM2-135M", "fp8")
+    assert (row["ratio"], row["verdict"]) == ("2.00x", "MARGINAL")
+    for heading, name in [("SmolLM2-135M", "kakeya-9.9x"), ("No such model", "fp8")]:
+        with pytest.raises(support.NotUnderstood, match=f"no row {name} under {heading}"):
+            support.figures(DOCS / "quality.md", heading, name)
 
 
 def test_examples_of_the_c_book_are_run_by_ctest() -> None:

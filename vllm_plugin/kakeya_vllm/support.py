@@ -208,6 +208,8 @@ def _model_features(model: Any) -> list[str]:
         found.append("M-RoPE")
     if getattr(model, "is_mm_prefix_lm", False):
         found.append("bidirectional attention over image tokens (prefix LM)")
+    if getattr(text, "is_heterogeneous", False):
+        found.append("layers that differ in their heads or other settings (a heterogeneous config)")
     if getattr(model, "rswa_window", None) is not None:
         found.append("reference sliding-window attention")
     if getattr(model, "is_diffusion", False):
