@@ -229,6 +229,14 @@ FEATURES = (
         gpu_words="refused",
     ),
     Feature(
+        "hybrid models: attention beside states",
+        (
+            "hybrid::requests_together_equal_each_alone",
+            "hybrid::prefix_hits_give_the_same",
+        ),
+        gpu_words="refused",
+    ),
+    Feature(
         "recipes of the seed", ("seed_backend::prefix_hits_change_nothing",), gpu_words="refused"
     ),
 )
@@ -242,7 +250,8 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("ALiBi", "not implemented",
          ("support::layers_refused_by_name", "families::refused_by_name")),
         ("M-RoPE", "several positions a token", ("families::refused_by_name",)),
-        ("state-space and linear", "another kind of cache", ("families::refused_by_name",)),
+        ("without attention layers", "there is nothing to compress", ()),
+        ("a hybrid model with sliding", "pages of a third size", ()),
         ("sliding-window attention in all", "nothing grows with the context",
          ("support::models_refused_by_name", "families::refused_by_name")),
         ("sliding-window attention (window", "the same, where only a layer shows it",
@@ -300,6 +309,8 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
          ("support::parallelism_refused_by_name",)),
         ("(PCP)", "the same", ("support::parallelism_refused_by_name",)),
         ("micro-batching", "the same", ("support::parallelism_refused_by_name",)),
+        ("a hybrid model with pipeline", "a stage sees its own states only, and all have to agree "
+         "on a block", ("hybrid::refused_by_name",)),
         ("platform (valid: CPU, CUDA)", "nothing to run", ()),
     ),
     "Speculation": (
@@ -309,6 +320,7 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
          ("support::drafters_that_are_refused",)),
         ("speculative decoding with … on a GPU", "not tried", ()),
         ("a draft model where either", "not tried", ()),
+        ("a hybrid model with speculative", "not tried", ("hybrid::refused_by_name",)),
         ("KAKEYA for the layers of a draft", "they have no recipe",
          ("support::drafters_that_are_refused",)),
     ),
@@ -317,8 +329,9 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
          ("support::options_refused_by_name", "connectors::connectors_refused_by_name")),
         ("KV connectors with a recipe of the seed", "not tried",
          ("connectors::connectors_refused_by_name",)),
-        ("KV connectors with a model that mixes", "a load would have to bring blocks of all "
-         "groups", ("connectors::connectors_refused_by_name",)),
+        ("KV connectors with …", "where layers do not all keep every token: a load would have to "
+         "bring blocks of all groups",
+         ("connectors::connectors_refused_by_name", "hybrid::refused_by_name")),
         ("KV connectors with pipeline", "not tried", ("connectors::connectors_refused_by_name",)),
         ("KV connectors with drafts by", "not tried", ()),
         ("with folder … in", "files need a place that all processes see",
@@ -337,9 +350,9 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("KV offloading with canonical", "not tried", ("connectors::connectors_refused_by_name",)),
     ),
     "Settings of KAKEYA": (
-        ("boundary layers in …", "where full and sliding-window layers are mixed: pages of yet "
-         "another size", ("mixed::refused_by_name",)),
-        ("recipe … with …", "a recipe of the seed where they are mixed: the same", ()),
+        ("boundary layers in …", "where layers do not all keep every token: pages of yet another "
+         "size", ("mixed::refused_by_name", "hybrid::refused_by_name")),
+        ("recipe … with …", "a recipe of the seed there: the same", ()),
         ("KAKEYA_VERIFY=1 with a KV", "loaded pages have no checksum here",
          ("support::checks_of_pages_and_pages_of_others",)),
         ("KAKEYA_VERIFY=1 with CUDA graphs", "the checks wait for the device",
@@ -363,6 +376,7 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
          ("cuda::what_is_refused_on_a_gpu",)),
         ("models that mix full and sliding-window layers on a GPU", "not run to the end there",
          ("cuda::what_is_refused_on_a_gpu",)),
+        ("hybrid models on a GPU", "not run there", ()),
         ("speculative tokens on a GPU", "attention takes 8 query tokens a sequence",
          ("cuda::what_is_refused_on_a_gpu",)),
     ),

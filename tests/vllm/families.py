@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
+import hybrid
 import mixed
 from kakeya_vllm import lib, support, version
 
@@ -60,7 +61,9 @@ class Family:
 
     ``refused``: the feature that KAKEYA names, empty for a family that runs. ``loads``: whether
     the refusal needs a loaded model; otherwise it comes while the engine is configured. ``error``:
-    the class of the refusal; libkakeya has its own.
+    the class of the refusal; libkakeya has its own. ``options``: of its engines, over
+    :data:`OPTIONS`. ``exact``: by how much log-probabilities may differ that should agree except
+    for the order of sums.
     """
 
     title: str
@@ -70,6 +73,8 @@ class Family:
     loads: bool = False
     error: str = "UnsupportedFeature"
     experts: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    exact: float = 1e-3
 
     @property
     def architecture(self) -> str:
@@ -391,22 +396,27 @@ WINDOWED: dict[str, Family] = {
     ),
 }
 
-# Full attention in some layers and states in the others.
+# Attention in some layers and states in the others, or both in each.
+NO_CACHING = {"enable_prefix_caching": False}  # vLLM's Mamba 2 fails with it on the CPU
 HYBRID: dict[str, Family] = {
-    "jamba": Family(
-        "Jamba",
-        "state-space layers",
-        _of(
-            "JambaForCausalLM",
-            "jamba",
-            GQA,
-            num_hidden_layers=4,
-            attn_layer_period=4,
-            attn_layer_offset=1,
-            num_experts=1,
-            mamba_d_state=16,
-        ),
-        refused="state-space and linear-attention layers (a hybrid model)",
+    "qwen3_next": Family(
+        "Qwen 3 Next",
+        "gated delta net beside gated attention, partial rotary embedding",
+        hybrid.COMMON | hybrid.MODELS["qwen3_next"],
+        experts=True,
+        exact=0.25,  # in bfloat16: vLLM's kernel for the CPU takes nothing else
+    ),
+    "granite_hybrid": Family(
+        "Granite 4",
+        "Mamba 2 beside attention",
+        hybrid.COMMON | hybrid.MODELS["granite"],
+        options=NO_CACHING,
+    ),
+    "falcon_h1": Family(
+        "Falcon H1",
+        "Mamba 2 and attention in every layer",
+        hybrid.COMMON | hybrid.MODELS["falcon_h1"],
+        options=NO_CACHING,
     ),
 }
 
@@ -604,7 +614,7 @@ SECTIONS: dict[str, dict[str, Family]] = {
     "Full attention in all layers": DENSE,
     "Experts": MIXTURES,
     "Full and sliding-window layers": WINDOWED,
-    "State-space layers": HYBRID,
+    "Attention beside states (hybrid models)": HYBRID,
     "Others that are refused": REFUSED,
 }
 
@@ -672,10 +682,10 @@ def prompts() -> list[list[int]]:
     return [engines.tokens(70 + i, n, mixed.VOCABULARY) for i, n in enumerate(LENGTHS)]
 
 
-def measure(model: Path) -> dict[str, Any]:
+def measure(model: Path, family: Family) -> dict[str, Any]:
     """What a model says of the prompts with the stock cache and at two ratios, checked by
     KAKEYA_VERIFY; what it decodes; and what vLLM allocates for it with the default recipe."""
-    options = OPTIONS | {"dtype": "float32"}
+    options = OPTIONS | {"dtype": family.about["torch_dtype"]} | family.options
     stock = {"attention_backend": None, "block_size": lib.BLOCK_TOKENS}
     with engines.engine(model, **options | stock) as engine:
         found: dict[str, Any] = {"stock": [engine.prompt_logprobs(p) for p in prompts()]}
@@ -696,9 +706,10 @@ def measure(model: Path) -> dict[str, Any]:
                 "read": read,
                 "tokens": [[run.tokens for run in runs] for runs in (first, again)],
                 "hits": [run.cached for run in again],
+                "block": engine.runtime.pages_per_block * lib.BLOCK_TOKENS,
                 "checked": dict(engine.runtime.verifier.counts),
             }
-    with engines.engine(model, **OPTIONS | SERVED) as engine:
+    with engines.engine(model, **OPTIONS | SERVED | family.options) as engine:
         assert [len(run.tokens) for run in engine.run(prompts(), 2)] == [2] * len(LENGTHS)
         found |= _allocated(engine)
     return found
@@ -755,7 +766,7 @@ def _run(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         if family.refused:
             return refusal(make(Path(directory), family.about, weights=family.loads))
-        return measure(make(Path(directory), family.about))
+        return measure(make(Path(directory), family.about), family)
 
 
 def _inspect_here() -> None:

@@ -343,7 +343,7 @@ def unsupported(
     stages: int = 1,
     algorithm: str = "sha256",
     seed: bool = False,
-    mixed: bool = False,
+    mixed: str = "",
 ) -> str:
     """What transfer.features says of a configuration, as one text."""
     config = SimpleNamespace(
@@ -368,7 +368,7 @@ def test_connectors_refused_by_name() -> None:
     }.items():
         assert reason in unsupported("KakeyaConnector", *arguments)
     assert "pipeline parallelism" in unsupported("KakeyaConnector", good, stages=2)
-    assert "mixes full and sliding" in unsupported("KakeyaConnector", good, mixed=True)
+    assert "KV connectors with a hybrid" in unsupported("KakeyaConnector", good, mixed="a hybrid")
     assert "recipe of the seed" in unsupported("KakeyaConnector", good, seed=True)
     assert "hash_algo xxhash" in unsupported("KakeyaConnector", good, algorithm="xxhash")
     tiers = {"spec_name": "TieringOffloadingSpec", "canonical_layout": True}
