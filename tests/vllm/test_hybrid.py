@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import engines
 import hybrid
 import mixed
 import pytest
-from kakeya_vllm import calibrate, lib
+from kakeya_vllm import banner, calibrate, lib
 from kakeya_vllm.evaluation.command import refuse_mixed
+from kakeya_vllm.hybrid import is_state
 from kakeya_vllm.support import UnsupportedFeature
 
 pytestmark = pytest.mark.cpu_only  # on a GPU such models are refused
@@ -59,6 +61,7 @@ def test_requests_together_equal_each_alone(models: Any) -> None:
     prompts = mixed.prompts()
     with engines.engine(models("falcon_h1"), hybrid.CHECKED, **options) as engine:
         assert engine.runtime.pages_per_block > 1
+        check_capacity(engine)
         alone = [engine.run([prompt], 100)[0] for prompt in prompts]
         together = engine.run(prompts, 100)
         assert engine.open_blocks.in_use <= len(prompts)
@@ -69,6 +72,23 @@ def test_requests_together_equal_each_alone(models: Any) -> None:
     for runs in (together, crowded[:4], crowded[4:8], crowded[8:]):
         for run, expected in zip(runs, alone, strict=True):
             engines.assert_same_run(run, expected, 0.05)
+
+
+def check_capacity(engine: engines.Engine) -> None:
+    """The start-up block names what requests of the longest kind take with either cache."""
+    cache = engine.worker(lambda worker: worker.model_runner.kv_cache_config)
+    (line,) = (x for x in banner.compose(engine.runtime, cache) if "capacity" in x)
+    found = re.search(r"(\d+) tokens in requests of (\d+), about (\d+) uncompressed", line)
+    assert found
+    compressed, longest, uncompressed = map(int, found.groups())
+    specs = banner.layer_specs(cache)
+    states = sum(s.state_content_size_bytes for s in specs.values() if is_state(s))
+    about = hybrid.COMMON
+    token = 2 * about["num_key_value_heads"] * 64 * 4  # float32
+    request = about["num_hidden_layers"] * longest * token + states
+    # Of whole blocks.
+    assert uncompressed == pytest.approx(engines.KV_BYTES / request * longest, rel=1e-3)
+    assert compressed > uncompressed
 
 
 def test_prefix_hits_give_the_same(models: Any) -> None:

@@ -51,7 +51,7 @@ def compose(runtime: Any, kv_cache_config: Any) -> list[str]:
     capacity = f"{kv_cache_config.num_blocks * block_size} tokens in {kv_cache_config.num_blocks} "
     capacity += f"blocks of {block_size}"
     if windowed or states:
-        capacity = _shared_capacity(vllm_config, kv_cache_config)
+        capacity = _shared_capacity(vllm_config, kv_cache_config, specs)
     library = lib.load()
     name = str(dtype).removeprefix("torch.")
     calibrated = settings.calibration or "no (calibration-free recipe)"
@@ -131,17 +131,33 @@ def _windows(specs: dict[str, Any], windowed: list[str]) -> str:
     )
 
 
-def _shared_capacity(vllm_config: Any, kv_cache_config: Any) -> str:
+def _shared_capacity(vllm_config: Any, kv_cache_config: Any, specs: dict[str, Any]) -> str:
     """Layers of several kinds draw from one pool: how many tokens fit depends on how long requests
-    are. vLLM's own figure is for the longest."""
+    are. vLLM's own figure is for the longest; beside it what the bytes would hold uncompressed,
+    since the recipe's ratio is that of some layers only."""
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
     longest = vllm_config.model_config.max_model_len
     fit = get_max_concurrency_for_kv_cache_config(vllm_config, kv_cache_config)
+    item = vllm_config.model_config.dtype.itemsize
+    stock = sum(_stock_bytes(spec, vllm_config, item) for spec in specs.values())
+    # Every tensor names the one allocation that all of them lie in.
+    pool = max(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
+    uncompressed = int(pool / stock * longest)
     return (
-        f"{int(fit * longest)} tokens in requests of {longest} "
+        f"{int(fit * longest)} tokens in requests of {longest}, about {uncompressed} uncompressed "
         f"({kv_cache_config.num_blocks} blocks that all kinds of layers share)"
     )
+
+
+def _stock_bytes(spec: Any, vllm_config: Any, item: int) -> int:
+    """Bytes that a layer keeps of the longest request with the stock cache, without padding."""
+    blocks = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
+    if hybrid.is_state(spec):
+        return blocks * spec.state_content_size_bytes
+    windowed = getattr(spec, "sliding_window", None) is not None
+    tokens = blocks * spec.block_size if windowed else vllm_config.model_config.max_model_len
+    return tokens * 2 * spec.num_kv_heads * spec.head_size * item
 
 
 def layer_specs(kv_cache_config: Any) -> dict[str, Any]:
