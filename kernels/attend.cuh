@@ -25,10 +25,14 @@
 // Columns of a matrix product are query rows. Products with the means are split in two, what fp16 holds and what it
 // left over, because means reach 358. With up to four rows columns 2r and 2r + 1 hold the two, and one thread both
 // sums.
+//
+// CAPPED: scores have a soft cap, AttendParams::soft_cap. Such kernels are others than those of models without one,
+// which it would cost registers that they do not have.
 #pragma once
 
 #include "dequant.cuh"
 #include "overlap.cuh"
+#include "soft_cap.cuh"
 
 namespace kakeya {
 
@@ -46,8 +50,22 @@ struct AttendFetch {
   int more;  // 0: nothing is left
 };
 
-template <int D, int Q, int ROWS>
-struct Attend {
+// Rows that a partial result has room for: what the launcher says, or without a cap a constant.
+template <int ROWS, bool CAPPED>
+struct AttendRecord {
+  KAKEYA_D explicit AttendRecord(uint32_t) {}
+  static KAKEYA_D constexpr int record_rows() { return ROWS; }
+};
+template <int ROWS>
+struct AttendRecord<ROWS, true> {
+  const int rows;
+  KAKEYA_D explicit AttendRecord(uint32_t record_rows) : rows(int(record_rows)) {}
+  KAKEYA_D int record_rows() const { return rows; }
+};
+
+template <int D, int Q, int ROWS, bool CAPPED>
+struct Attend : AttendRecord<ROWS, CAPPED> {
+  using AttendRecord<ROWS, CAPPED>::record_rows;
   using S = AttendShape<D>;
   using R = AttendRows<ROWS>;
   using M = AttendShared<D, ROWS>;
@@ -114,8 +132,9 @@ struct Attend {
   float sum[NB][NC];   // of probabilities, this thread's rows
   float peak[NB][NC];  // shared maximum of this thread's rows, in units of log2
 
-  KAKEYA_D Attend(const AttendParams &p, uint8_t *memory, uint32_t stages, int lane)
-      : p(p),
+  KAKEYA_D Attend(const AttendParams &p, uint8_t *memory, uint32_t stages, uint32_t record_rows, int lane)
+      : AttendRecord<ROWS, CAPPED>(record_rows),
+        p(p),
         t(*p.tables),
         thread(int(threadIdx.x)),
         lane(lane),
@@ -283,6 +302,7 @@ struct Attend {
 
   KAKEYA_D void gather(float (&s)[kScores]) const;
   KAKEYA_D void gather_slots(uint32_t page, float (&s)[kScores]) const;
+  KAKEYA_D void cap_scores(float (&s)[kScores], float unit) const;
   KAKEYA_D void hide_rows(float (&s)[kScores]) const;
   template <bool RAW>
   KAKEYA_D void store_probs(const float (&s)[kScores]) const;
@@ -310,8 +330,10 @@ struct Attend {
 
   // ---- results: attend_results.cuh ---------------------------------------------------------------------------------
 
-  static constexpr int kRecord = ROWS * (D + 2);  // floats of a partial result
-  static constexpr int kLane = D / 32;            // channels of a lane
+  static constexpr int kLane = D / 32;  // channels of a lane
+
+  // Floats of a partial result: sums of all rows, then a maximum and a total of each.
+  KAKEYA_D int record_floats() const { return record_rows() * (D + 2); }
 
   // Past L1, which knows nothing of other blocks' results.
   static KAKEYA_D float2 load_two(const float *at) { return __ldcg(reinterpret_cast<const float2 *>(at)); }

@@ -6,8 +6,8 @@
 namespace kakeya {
 
 // Attention of the rows whose tokens lie in an open block over its tokens up to their own.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::open_block(const AttendCursor &c, int index) {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::open_block(const AttendCursor &c, int index) {
   const int len = p.seq_lens[c.sequence];
   const int history = len - (p.query_start[c.sequence + 1] - p.query_start[c.sequence]);
   const int block = p.block_table[c.sequence * p.block_table_stride + index];
@@ -50,7 +50,13 @@ KAKEYA_D void Attend<D, Q, ROWS>::open_block(const AttendCursor &c, int index) {
   }
   __syncthreads();
   gather(s);
-  const float unit = p.scale * 1.4426950408889634f;
+  float unit = p.scale * 1.4426950408889634f;
+  if constexpr (CAPPED) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s[i] *= unit;
+    cap_scores(s, 1.0f);
+    unit = 1.0f;
+  }
 #pragma unroll
   for (int h = 0; h < 2 * S::kWarpTiles; ++h) {
     const int token = my_token(h / 2, h % 2);

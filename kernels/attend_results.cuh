@@ -7,8 +7,8 @@ namespace kakeya {
 
 // Writes the segment's result: to `out` if it is all of the item, else to the workspace, where the last block to
 // arrive merges the parts.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::flush(const AttendCursor &c, bool whole, int item_begin, int item_end) {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::flush(const AttendCursor &c, bool whole, int item_begin, int item_end) {
   const uint32_t coded = shared + M::kCoded, plain = shared + M::kPlain, totals = shared + M::kTotals;
   const uint16_t *order = head_view(t, p.layer, p.first_head + c.head).v.order + value_unit() * S::kUnitChannels;
   __syncthreads();
@@ -31,7 +31,7 @@ KAKEYA_D void Attend<D, Q, ROWS>::flush(const AttendCursor &c, bool whole, int i
   const int rows = min(rows_of(c.sequence) - chunk_row, ROWS);
   const int item = c.sequence * p.num_kv_heads + c.head;
   const int64_t records = gridDim.x + int64_t(p.num_seqs) * p.num_kv_heads;
-  float *record = p.workspace + (blockIdx.y * records + blockIdx.x + item) * kRecord;
+  float *record = p.workspace + (blockIdx.y * records + blockIdx.x + item) * record_floats();
   for (int row = warp; row < rows; row += S::kWarps) {
     // Back from Hadamard space: butterflies inside the lane, then across lanes.
     float x[kLane];
@@ -62,7 +62,7 @@ KAKEYA_D void Attend<D, Q, ROWS>::flush(const AttendCursor &c, bool whole, int i
     } else {
 #pragma unroll
       for (int i = 0; i < kLane; ++i) record[row * D + kLane * lane + i] = x[i];
-      if (lane == 0) record[ROWS * D + 2 * row] = maximum, record[ROWS * D + 2 * row + 1] = total;
+      if (lane == 0) record[record_rows() * D + 2 * row] = maximum, record[record_rows() * D + 2 * row + 1] = total;
     }
   }
   if (!whole) merge(c, item, rows, records, item_begin, item_end);
@@ -71,9 +71,9 @@ KAKEYA_D void Attend<D, Q, ROWS>::flush(const AttendCursor &c, bool whole, int i
 
 // A row's weighted sum of values, whose weights are relative to `maximum` and add up to `total`. A sink is one more
 // weight without a value; one far above all scores makes the sum infinite and the row zero.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::write_row(const AttendCursor &c, int row, const float (&x)[kLane], float maximum,
-                                            float total) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::write_row(const AttendCursor &c, int row, const float (&x)[kLane],
+                                                    float maximum, float total) const {
   const int r = chunk_row + row, head = c.head * p.group + r % p.group;
   uint16_t *at = static_cast<uint16_t *>(p.out) +
                  int64_t(p.query_start[c.sequence] + r / p.group) * p.out_token_stride +
@@ -87,9 +87,9 @@ KAKEYA_D void Attend<D, Q, ROWS>::write_row(const AttendCursor &c, int row, cons
 }
 
 // Counts this block in; the last of an item's blocks adds up all parts.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::merge(const AttendCursor &c, int item, int rows, int64_t records, int item_begin,
-                                        int item_end) {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::merge(const AttendCursor &c, int item, int rows, int64_t records,
+                                                int item_begin, int item_end) {
   const int64_t blocks = working_blocks(), total = total_units();
   // The blocks whose ranges hold the item's first and last unit.
   const int first = int(((item_begin + 1) * blocks - 1) / total), last = int((item_end * blocks - 1) / total);
@@ -106,11 +106,12 @@ KAKEYA_D void Attend<D, Q, ROWS>::merge(const AttendCursor &c, int item, int row
   }
   __syncthreads();
   if (!lds_u32(flag)) return;
-  const float *base = p.workspace + (blockIdx.y * records + item) * kRecord;
+  const float *base = p.workspace + (blockIdx.y * records + item) * record_floats();
   for (int row = warp; row < rows; row += S::kWarps) {
-    const float *totals = base + ROWS * D + 2 * row, *sums = base + row * D + kLane * lane;
+    const float *totals = base + record_rows() * D + 2 * row, *sums = base + row * D + kLane * lane;
     float maximum = kNoScore;
-    for (int b = first + lane; b <= last; b += 32) maximum = fmaxf(maximum, __ldcg(totals + int64_t(b) * kRecord));
+    for (int b = first + lane; b <= last; b += 32)
+      maximum = fmaxf(maximum, __ldcg(totals + int64_t(b) * record_floats()));
 #pragma unroll
     for (int k = 1; k < 32; k *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, k));
     float x[kLane], total_weight = 0.0f;
@@ -119,14 +120,14 @@ KAKEYA_D void Attend<D, Q, ROWS>::merge(const AttendCursor &c, int item, int row
     for (int b = first; b <= last; b += 32) {
       // A part a lane; then all lanes walk over the parts, many loads at a time.
       const bool mine = b + lane <= last;
-      const float2 part = mine ? load_two(totals + int64_t(b + lane) * kRecord) : make_float2(kNoScore, 0.0f);
+      const float2 part = mine ? load_two(totals + int64_t(b + lane) * record_floats()) : make_float2(kNoScore, 0.0f);
       const float weight = mine ? exp2_fast(part.x - maximum) : 0.0f;
       total_weight += weight * part.y;
       const int count = min(32, last - b + 1);
 #pragma unroll 8
       for (int i = 0; i < count; ++i) {
         float y[kLane];
-        load_lane_sums(y, sums + int64_t(b + i) * kRecord);
+        load_lane_sums(y, sums + int64_t(b + i) * record_floats());
         const float w = __shfl_sync(~0u, weight, i);
 #pragma unroll
         for (int k = 0; k < kLane; ++k) x[k] = fmaf(w, y[k], x[k]);

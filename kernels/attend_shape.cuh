@@ -44,6 +44,13 @@ struct AttendRows {
   static constexpr int kMeanTiles = kSplit ? 1 : 2 * kTiles;  // high parts, then low parts
 };
 
+// Registers and shared memory of a multiprocessor: 16 warps of 128 registers at most, fewer where more rows need more.
+template <int D, int Q, int ROWS>
+constexpr int blocks_per_sm() {
+  if (D == 256) return ROWS == 4 ? 2 : 1;
+  return ROWS == 4 ? 4 : ROWS == 8 ? 3 : 2;
+}
+
 // Shared memory, bytes from its start.
 template <int D, int ROWS>
 struct AttendShared {
