@@ -24,6 +24,9 @@ namespace kakeya {
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 64
 KAKEYA_ATTEND_ALL(64)
 #endif
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 96
+KAKEYA_ATTEND_ALL(96)
+#endif
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 128
 KAKEYA_ATTEND_ALL(128)
 #endif
@@ -49,6 +52,9 @@ constexpr AttendInfo attend_info() {
 extern "C" __device__ const AttendInfo kakeya_attend_info[] = {
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 64
     attend_info<64, 4>(),  attend_info<64, 8>(),  attend_info<64, 16>(),
+#endif
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 96
+    attend_info<96, 4>(),  attend_info<96, 8>(),  attend_info<96, 16>(),
 #endif
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 128
     attend_info<128, 4>(), attend_info<128, 8>(), attend_info<128, 16>(),

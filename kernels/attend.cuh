@@ -209,8 +209,10 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
     return {x.x, __uint_as_float(x.y)};
   }
 
+  // Whether this warp has units; one without has tiles only. Where streams list widths, one more has none.
+  KAKEYA_D bool has_unit() const { return S::kWarps == S::kUnits || warp < S::kUnits; }
   // A wide K unit goes with a narrow V unit: channels are in falling order of width.
-  KAKEYA_D int value_unit() const { return S::kUnits - 1 - warp; }
+  KAKEYA_D int value_unit() const { return has_unit() ? S::kUnits - 1 - warp : S::kUnits; }
 
   KAKEYA_D bool is_f16() const { return p.element == kF16; }
   KAKEYA_D float load_element(const void *base, int64_t at) const {
@@ -281,7 +283,7 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
   // Where the first owner finds this warp's partial scores: part (warp - owner - 1) % kWarps (not yet taken modulo).
   KAKEYA_D uint32_t first_part() const { return uint32_t(warp - 1) * M::kPartBytes; }
   KAKEYA_D uint32_t slot_score_at(int slot, int unit, int row) const {
-    return shared + M::kSlotScores + ((slot * S::kWarps + unit) * ROWS + row) * 4;
+    return shared + M::kSlotScores + ((slot * S::kUnits + unit) * ROWS + row) * 4;
   }
 
   static KAKEYA_D void fold(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]);
@@ -331,6 +333,9 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
   // ---- results: attend_results.cuh ---------------------------------------------------------------------------------
 
   static constexpr int kLane = D / 32;  // channels of a lane
+  // A lane's first channel, by lanes, and from each to the next: neighbours, or where there are three one of each block
+  // of the Hadamard transform.
+  static constexpr int kLaneFirst = kLane == 3 ? 1 : kLane, kLaneNext = kLane == 3 ? 32 : 1;
 
   // Floats of a partial result: sums of all rows, then a maximum and a total of each.
   KAKEYA_D int record_floats() const { return record_rows() * (D + 2); }
@@ -341,6 +346,9 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
     if constexpr (kLane == 2) {
       const float2 v = load_two(at);
       y[0] = v.x, y[1] = v.y;
+    } else if constexpr (kLane == 3) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i) y[i] = __ldcg(at + kLaneNext * i);
     } else {
 #pragma unroll
       for (int i = 0; i < kLane; i += 4) {

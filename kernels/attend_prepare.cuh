@@ -12,6 +12,7 @@ namespace kakeya {
 template <int D, int Q, int ROWS, bool CAPPED>
 template <bool CALIBRATED>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::prepare(uint32_t page, uint32_t value) {
+  if (!has_unit()) return;
   const uint32_t s = page + side;
   float scale[S::kStats], base[S::kStats];
 #pragma unroll

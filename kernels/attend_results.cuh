@@ -12,21 +12,22 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::flush(const AttendCursor &c, bool whol
   const uint32_t coded = shared + M::kCoded, plain = shared + M::kPlain, totals = shared + M::kTotals;
   const uint16_t *order = head_view(t, p.layer, p.first_head + c.head).v.order + value_unit() * S::kUnitChannels;
   __syncthreads();
+  if (has_unit())
 #pragma unroll
-  for (int n = 0; n < NB; ++n)
+    for (int n = 0; n < NB; ++n)
 #pragma unroll
-    for (int e = 0; e < NC; ++e) {
-      const int row = row_of(n, e);
+      for (int e = 0; e < NC; ++e) {
+        const int row = row_of(n, e);
 #pragma unroll
-      for (int i = 0; i < S::kTiles; ++i)
+        for (int i = 0; i < S::kTiles; ++i)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          sts_f32(coded + (row * D + order[16 * i + 8 * r + g]) * 4, out[n][i][r][e]);
-          sts_f32(plain + (row * D + value_unit() * S::kUnitChannels + 16 * i + 2 * g + r) * 4,
-                  R::kSplit ? raw[n][i][2 * r] + raw[n][i][2 * r + 1] : raw[n][i][2 * r + e]);
-        }
-      if (warp == 0 && g == 0) sts_f32x2(totals + row * 8, peak[n][e], sum[n][e]);
-    }
+          for (int r = 0; r < 2; ++r) {
+            sts_f32(coded + (row * D + order[16 * i + 8 * r + g]) * 4, out[n][i][r][e]);
+            sts_f32(plain + (row * D + value_unit() * S::kUnitChannels + 16 * i + 2 * g + r) * 4,
+                    R::kSplit ? raw[n][i][2 * r] + raw[n][i][2 * r + 1] : raw[n][i][2 * r + e]);
+          }
+        if (warp == 0 && g == 0) sts_f32x2(totals + row * 8, peak[n][e], sum[n][e]);
+      }
   __syncthreads();
   const int rows = min(rows_of(c.sequence) - chunk_row, ROWS);
   const int item = c.sequence * p.num_kv_heads + c.head;
@@ -36,9 +37,9 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::flush(const AttendCursor &c, bool whol
     // Back from Hadamard space: butterflies inside the lane, then across lanes.
     float x[kLane];
 #pragma unroll
-    for (int i = 0; i < kLane; ++i) x[i] = lds_f32(coded + (row * D + kLane * lane + i) * 4);
+    for (int i = 0; i < kLane; ++i) x[i] = lds_f32(coded + (row * D + kLaneFirst * lane + kLaneNext * i) * 4);
 #pragma unroll
-    for (int k = 1; k < kLane; k *= 2)
+    for (int k = 1; k < kLaneFirst; k *= 2)
 #pragma unroll
       for (int i = 0; i < kLane; ++i)
         if (!(i & k)) {
@@ -53,15 +54,16 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::flush(const AttendCursor &c, bool whol
         const float y = __shfl_xor_sync(~0u, x[i], k);
         x[i] = lane & k ? y - x[i] : x[i] + y;
       }
-    constexpr float root = D == 64 ? 0.125f : D == 128 ? 0.088388347648f : 0.0625f;
+    constexpr float root = D == 64 ? 0.125f : D == 96 ? 0.176776695297f : D == 128 ? 0.088388347648f : 0.0625f;
 #pragma unroll
-    for (int i = 0; i < kLane; ++i) x[i] = x[i] * root + lds_f32(plain + (row * D + kLane * lane + i) * 4);
+    for (int i = 0; i < kLane; ++i)
+      x[i] = x[i] * root + lds_f32(plain + (row * D + kLaneFirst * lane + kLaneNext * i) * 4);
     const float maximum = lds_f32(totals + row * 8), total = lds_f32(totals + row * 8 + 4);
     if (whole) {
       write_row(c, row, x, maximum, total);
     } else {
 #pragma unroll
-      for (int i = 0; i < kLane; ++i) record[row * D + kLane * lane + i] = x[i];
+      for (int i = 0; i < kLane; ++i) record[row * D + kLaneFirst * lane + kLaneNext * i] = x[i];
       if (lane == 0) record[record_rows() * D + 2 * row] = maximum, record[record_rows() * D + 2 * row + 1] = total;
     }
   }
@@ -77,13 +79,19 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::write_row(const AttendCursor &c, int r
   const int r = chunk_row + row, head = c.head * p.group + r % p.group;
   uint16_t *at = static_cast<uint16_t *>(p.out) +
                  int64_t(p.query_start[c.sequence] + r / p.group) * p.out_token_stride +
-                 int64_t(head) * p.out_head_stride + kLane * lane;
+                 int64_t(head) * p.out_head_stride + kLaneFirst * lane;
   if (p.sinks) total += exp2_fast(fmaf(p.sinks[head], 1.4426950408889634f, -maximum));
   const float factor = 1.0f / total;
+  if constexpr (kLane == 3) {
 #pragma unroll
-  for (int i = 0; i < kLane; i += 2)
-    *reinterpret_cast<uint32_t *>(at + i) =
-        is_f16() ? pack_half(x[i] * factor, x[i + 1] * factor) : pack_bf16(x[i] * factor, x[i + 1] * factor);
+    for (int i = 0; i < 3; ++i)
+      at[kLaneNext * i] = uint16_t(is_f16() ? pack_half(x[i] * factor, 0.0f) : pack_bf16(x[i] * factor, 0.0f));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLane; i += 2)
+      *reinterpret_cast<uint32_t *>(at + i) =
+          is_f16() ? pack_half(x[i] * factor, x[i + 1] * factor) : pack_bf16(x[i] * factor, x[i + 1] * factor);
+  }
 }
 
 // Counts this block in; the last of an item's blocks adds up all parts.
@@ -108,7 +116,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::merge(const AttendCursor &c, int item,
   if (!lds_u32(flag)) return;
   const float *base = p.workspace + (blockIdx.y * records + item) * record_floats();
   for (int row = warp; row < rows; row += S::kWarps) {
-    const float *totals = base + record_rows() * D + 2 * row, *sums = base + row * D + kLane * lane;
+    const float *totals = base + record_rows() * D + 2 * row, *sums = base + row * D + kLaneFirst * lane;
     float maximum = kNoScore;
     for (int b = first + lane; b <= last; b += 32)
       maximum = fmaxf(maximum, __ldcg(totals + int64_t(b) * record_floats()));

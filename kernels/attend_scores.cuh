@@ -161,7 +161,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::scores(uint32_t page, float (&own)[kSc
   uint32_t q[NB][kRegs];
 #pragma unroll
   for (int n = 0; n < NB; ++n) load_regs(q[n], my_query + n * kTileBytes);
-  if (num_slots) slot_scores(page, q);
+  if (num_slots && has_unit()) slot_scores(page, q);  // without a unit the width is 0, and the query is nobody's
   mean_scores(own);
   switch (k_width) {  // the same for the whole warp and for as long as the head stays
     case 0:

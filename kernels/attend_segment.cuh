@@ -77,7 +77,8 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::begin_segment(const AttendCursor &c) {
     slot_constants(k.factor, v.factor);
   }
 
-  const int f = thread / S::kPairThreads, role = thread % S::kPairThreads;
+  // A warp without units gets a pair of another's: it only reads.
+  const int f = has_unit() ? thread / S::kPairThreads : S::kPairs - 1, role = thread % S::kPairThreads;
   const int2 pair = pair_channels(f);
 #pragma unroll
   for (int e = 0; e < S::kStats; ++e) {

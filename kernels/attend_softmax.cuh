@@ -31,7 +31,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::gather_slots(uint32_t page, float (&s)
       for (int c = 0; c < NC; ++c) {
         float x = 0.0f;
 #pragma unroll
-        for (int u = 0; u < S::kWarps; ++u) x += lds_f32(slot_score_at(slot, u, row_of(n, c)));
+        for (int u = 0; u < S::kUnits; ++u) x += lds_f32(slot_score_at(slot, u, row_of(n, c)));
 #pragma unroll
         for (int h = 0; h < 2 * S::kWarpTiles; ++h) s[(h * NB + n) * NC + c] += here && half == h ? x : 0.0f;
       }

@@ -70,6 +70,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::value_totals(float (&total)[NB][4]) co
 
 template <int D, int Q, int ROWS, bool CAPPED>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::values(uint32_t page, uint32_t buffer) {
+  if (!has_unit()) return;
   float acc[NB][S::kTiles][4], total[NB][4];
 #pragma unroll
   for (int n = 0; n < NB; ++n)

@@ -65,7 +65,7 @@ build() {
         name=$(basename "$unit" .cu)
         if [[ $name == attend* ]]; then
             # One head dimension a compilation: they take the longest.
-            for dim in 64 128 256; do
+            for dim in 64 96 128 256; do
                 compile "${name}_$dim" -DKAKEYA_HEAD_DIM=$dim "$unit" &
                 jobs+=($!)
             done

@@ -117,6 +117,9 @@ static Kernel kernel_of(int d, int q, int rows, bool capped) {
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 64
   PICK_ALL(64);
 #endif
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 96
+  PICK_ALL(96);
+#endif
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 128
   PICK_ALL(128);
 #endif

@@ -130,7 +130,7 @@ pub(crate) struct AttendParams {
 }
 
 /// The head dimensions for which there are kernels.
-const HEAD_DIMS: [usize; 3] = [64, 128, 256];
+const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 
 /// `kakeya_info` of `kernels/info.cu`: sizes that both sides must agree on, then shared memory by head dimension.
 const INFO: &str = "kakeya_info";
