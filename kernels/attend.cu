@@ -1,23 +1,15 @@
 // The attention kernels: head_dim x quantiser x query rows a pass. Grid: x any number of blocks (as many as fit on the
 // device at once), y passes of kRows rows over the largest number of rows of a sequence. Dynamic shared memory:
-// AttendShared::kFixed + stages * page_bytes, with 3 to 8 stages.
+// AttendShared::kFixed + stages * page_bytes, with 3 to 8 stages. Scores with a soft cap: attend_capped.cu.
 #include "attend.cuh"
 
 namespace kakeya {
-
-template <int D, int Q, int ROWS>
-constexpr int blocks_per_sm() {
-  // Registers and shared memory of a multiprocessor: 16 warps of 128 registers at most, fewer where more rows need
-  // more.
-  if (D == 256) return ROWS == 4 ? 2 : 1;
-  return ROWS == 4 ? 4 : ROWS == 8 ? 3 : 2;
-}
 
 #define KAKEYA_ATTEND(D, Q, NAME, ROWS)                                                                 \
   extern "C" __global__ void __launch_bounds__(AttendShape<D>::kThreads, (blocks_per_sm<D, Q, ROWS>())) \
       kakeya_attend_d##D##_##NAME##_r##ROWS(const __grid_constant__ AttendParams p, uint32_t stages) {  \
     extern __shared__ __align__(128) uint8_t memory[];                                                  \
-    Attend<D, Q, ROWS>(p, memory, stages, lane_index()).run();                                          \
+    Attend<D, Q, ROWS, false>(p, memory, stages, ROWS, lane_index()).run();                             \
   }
 #define KAKEYA_ATTEND_ROWS(D, Q, NAME) \
   KAKEYA_ATTEND(D, Q, NAME, 4)         \
@@ -31,6 +23,9 @@ constexpr int blocks_per_sm() {
 // One head_dim a translation unit, so that they compile at the same time.
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 64
 KAKEYA_ATTEND_ALL(64)
+#endif
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 96
+KAKEYA_ATTEND_ALL(96)
 #endif
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 128
 KAKEYA_ATTEND_ALL(128)
@@ -57,6 +52,9 @@ constexpr AttendInfo attend_info() {
 extern "C" __device__ const AttendInfo kakeya_attend_info[] = {
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 64
     attend_info<64, 4>(),  attend_info<64, 8>(),  attend_info<64, 16>(),
+#endif
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 96
+    attend_info<96, 4>(),  attend_info<96, 8>(),  attend_info<96, 16>(),
 #endif
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 128
     attend_info<128, 4>(), attend_info<128, 8>(), attend_info<128, 16>(),

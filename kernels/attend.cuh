@@ -25,10 +25,14 @@
 // Columns of a matrix product are query rows. Products with the means are split in two, what fp16 holds and what it
 // left over, because means reach 358. With up to four rows columns 2r and 2r + 1 hold the two, and one thread both
 // sums.
+//
+// CAPPED: scores have a soft cap, AttendParams::soft_cap. Such kernels are others than those of models without one,
+// which it would cost registers that they do not have.
 #pragma once
 
 #include "dequant.cuh"
 #include "overlap.cuh"
+#include "soft_cap.cuh"
 
 namespace kakeya {
 
@@ -46,8 +50,22 @@ struct AttendFetch {
   int more;  // 0: nothing is left
 };
 
-template <int D, int Q, int ROWS>
-struct Attend {
+// Rows that a partial result has room for: what the launcher says, or without a cap a constant.
+template <int ROWS, bool CAPPED>
+struct AttendRecord {
+  KAKEYA_D explicit AttendRecord(uint32_t) {}
+  static KAKEYA_D constexpr int record_rows() { return ROWS; }
+};
+template <int ROWS>
+struct AttendRecord<ROWS, true> {
+  const int rows;
+  KAKEYA_D explicit AttendRecord(uint32_t record_rows) : rows(int(record_rows)) {}
+  KAKEYA_D int record_rows() const { return rows; }
+};
+
+template <int D, int Q, int ROWS, bool CAPPED>
+struct Attend : AttendRecord<ROWS, CAPPED> {
+  using AttendRecord<ROWS, CAPPED>::record_rows;
   using S = AttendShape<D>;
   using R = AttendRows<ROWS>;
   using M = AttendShared<D, ROWS>;
@@ -114,8 +132,9 @@ struct Attend {
   float sum[NB][NC];   // of probabilities, this thread's rows
   float peak[NB][NC];  // shared maximum of this thread's rows, in units of log2
 
-  KAKEYA_D Attend(const AttendParams &p, uint8_t *memory, uint32_t stages, int lane)
-      : p(p),
+  KAKEYA_D Attend(const AttendParams &p, uint8_t *memory, uint32_t stages, uint32_t record_rows, int lane)
+      : AttendRecord<ROWS, CAPPED>(record_rows),
+        p(p),
         t(*p.tables),
         thread(int(threadIdx.x)),
         lane(lane),
@@ -190,8 +209,10 @@ struct Attend {
     return {x.x, __uint_as_float(x.y)};
   }
 
+  // Whether this warp has units; one without has tiles only. Where streams list widths, one more has none.
+  KAKEYA_D bool has_unit() const { return S::kWarps == S::kUnits || warp < S::kUnits; }
   // A wide K unit goes with a narrow V unit: channels are in falling order of width.
-  KAKEYA_D int value_unit() const { return S::kUnits - 1 - warp; }
+  KAKEYA_D int value_unit() const { return has_unit() ? S::kUnits - 1 - warp : S::kUnits; }
 
   KAKEYA_D bool is_f16() const { return p.element == kF16; }
   KAKEYA_D float load_element(const void *base, int64_t at) const {
@@ -262,7 +283,7 @@ struct Attend {
   // Where the first owner finds this warp's partial scores: part (warp - owner - 1) % kWarps (not yet taken modulo).
   KAKEYA_D uint32_t first_part() const { return uint32_t(warp - 1) * M::kPartBytes; }
   KAKEYA_D uint32_t slot_score_at(int slot, int unit, int row) const {
-    return shared + M::kSlotScores + ((slot * S::kWarps + unit) * ROWS + row) * 4;
+    return shared + M::kSlotScores + ((slot * S::kUnits + unit) * ROWS + row) * 4;
   }
 
   static KAKEYA_D void fold(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]);
@@ -283,6 +304,7 @@ struct Attend {
 
   KAKEYA_D void gather(float (&s)[kScores]) const;
   KAKEYA_D void gather_slots(uint32_t page, float (&s)[kScores]) const;
+  KAKEYA_D void cap_scores(float (&s)[kScores], float unit) const;
   KAKEYA_D void hide_rows(float (&s)[kScores]) const;
   template <bool RAW>
   KAKEYA_D void store_probs(const float (&s)[kScores]) const;
@@ -310,8 +332,13 @@ struct Attend {
 
   // ---- results: attend_results.cuh ---------------------------------------------------------------------------------
 
-  static constexpr int kRecord = ROWS * (D + 2);  // floats of a partial result
-  static constexpr int kLane = D / 32;            // channels of a lane
+  static constexpr int kLane = D / 32;  // channels of a lane
+  // A lane's first channel, by lanes, and from each to the next: neighbours, or where there are three one of each block
+  // of the Hadamard transform.
+  static constexpr int kLaneFirst = kLane == 3 ? 1 : kLane, kLaneNext = kLane == 3 ? 32 : 1;
+
+  // Floats of a partial result: sums of all rows, then a maximum and a total of each.
+  KAKEYA_D int record_floats() const { return record_rows() * (D + 2); }
 
   // Past L1, which knows nothing of other blocks' results.
   static KAKEYA_D float2 load_two(const float *at) { return __ldcg(reinterpret_cast<const float2 *>(at)); }
@@ -319,6 +346,9 @@ struct Attend {
     if constexpr (kLane == 2) {
       const float2 v = load_two(at);
       y[0] = v.x, y[1] = v.y;
+    } else if constexpr (kLane == 3) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i) y[i] = __ldcg(at + kLaneNext * i);
     } else {
 #pragma unroll
       for (int i = 0; i < kLane; i += 4) {

@@ -6,8 +6,8 @@
 namespace kakeya {
 
 // Attention of the rows whose tokens lie in an open block over its tokens up to their own.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::open_block(const AttendCursor &c, int index) {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::open_block(const AttendCursor &c, int index) {
   const int len = p.seq_lens[c.sequence];
   const int history = len - (p.query_start[c.sequence + 1] - p.query_start[c.sequence]);
   const int block = p.block_table[c.sequence * p.block_table_stride + index];
@@ -19,9 +19,15 @@ KAKEYA_D void Attend<D, Q, ROWS>::open_block(const AttendCursor &c, int index) {
 #pragma unroll
   for (int i = 0; i < kScores; ++i) s[i] = 0.0f;
   {
-    uint32_t q[NB][kRegs];
+    uint32_t q[NB][kRegs];  // zeros, as the keys, where the warp has no unit
 #pragma unroll
-    for (int n = 0; n < NB; ++n) load_regs(q[n], shared + M::kRawQuery + my_regs + n * kTileBytes);
+    for (int n = 0; n < NB; ++n) {
+      if (has_unit())
+        load_regs(q[n], shared + M::kRawQuery + my_regs + n * kTileBytes);
+      else
+#pragma unroll
+        for (int r = 0; r < kRegs; ++r) q[n][r] = 0;
+    }
     uint32_t part = my_part + first_part();
 #pragma unroll 1
     for (int pair = 0; pair < 4; ++pair) {
@@ -37,7 +43,7 @@ KAKEYA_D void Attend<D, Q, ROWS>::open_block(const AttendCursor &c, int index) {
           for (int r = 0; r < 4; ++r) {
             const int row = tile_token(2 * pair + tile, g + 8 * (r & 1));
             const int channel = warp * S::kUnitChannels + 16 * j + 8 * (r >> 1) + 2 * t4;
-            a[j][r] = row < tokens ? *reinterpret_cast<const uint32_t *>(k + row * D + channel) : 0u;
+            a[j][r] = has_unit() && row < tokens ? *reinterpret_cast<const uint32_t *>(k + row * D + channel) : 0u;
           }
 #pragma unroll
         for (int n = 0; n < NB; ++n)
@@ -50,7 +56,13 @@ KAKEYA_D void Attend<D, Q, ROWS>::open_block(const AttendCursor &c, int index) {
   }
   __syncthreads();
   gather(s);
-  const float unit = p.scale * 1.4426950408889634f;
+  float unit = p.scale * 1.4426950408889634f;
+  if constexpr (CAPPED) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s[i] *= unit;
+    cap_scores(s, 1.0f);
+    unit = 1.0f;
+  }
 #pragma unroll
   for (int h = 0; h < 2 * S::kWarpTiles; ++h) {
     const int token = my_token(h / 2, h % 2);
@@ -67,37 +79,38 @@ KAKEYA_D void Attend<D, Q, ROWS>::open_block(const AttendCursor &c, int index) {
   }
   softmax<true>(s);
   // Row g of a tile is channel 2g, row g + 8 channel 2g + 1, so that a lane loads pairs of channels.
+  if (has_unit())
 #pragma unroll
-  for (int n = 0; n < R::kMeanTiles; ++n) {
-    float total[4] = {0, 0, 0, 0};
-    const uint32_t ones = is_f16() ? 0x3c003c00u : 0x3f803f80u;
+    for (int n = 0; n < R::kMeanTiles; ++n) {
+      float total[4] = {0, 0, 0, 0};
+      const uint32_t ones = is_f16() ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll 1
-    for (int m = 0; m < 8; ++m) {
-      uint32_t x4[4];
-      load_probs(x4, n, m / 2);
-      const uint32_t b[2] = {m % 2 ? x4[2] : x4[0], m % 2 ? x4[3] : x4[1]};
-      mma_element(is_f16(), total, ones, ones, ones, ones, b[0], b[1]);
-      const int token = 16 * m + 2 * t4;
+      for (int m = 0; m < 8; ++m) {
+        uint32_t x4[4];
+        load_probs(x4, n, m / 2);
+        const uint32_t b[2] = {m % 2 ? x4[2] : x4[0], m % 2 ? x4[3] : x4[1]};
+        mma_element(is_f16(), total, ones, ones, ones, ones, b[0], b[1]);
+        const int token = 16 * m + 2 * t4;
 #pragma unroll
-      for (int i = 0; i < S::kTiles; ++i) {
-        const uint16_t *at = v + value_unit() * S::kUnitChannels + 16 * i + 2 * g;
-        uint32_t x[4];
+        for (int i = 0; i < S::kTiles; ++i) {
+          const uint16_t *at = v + value_unit() * S::kUnitChannels + 16 * i + 2 * g;
+          uint32_t x[4];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const int row = token + (r & 1) + 8 * (r >> 1);
-          x[r] = row < tokens ? *reinterpret_cast<const uint32_t *>(at + row * D) : 0u;
+          for (int r = 0; r < 4; ++r) {
+            const int row = token + (r & 1) + 8 * (r >> 1);
+            x[r] = row < tokens ? *reinterpret_cast<const uint32_t *>(at + row * D) : 0u;
+          }
+          mma_element(is_f16(), raw[n % NB][i], __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[0], x[1], 0x7632),
+                      __byte_perm(x[2], x[3], 0x5410), __byte_perm(x[2], x[3], 0x7632), b[0], b[1]);
         }
-        mma_element(is_f16(), raw[n % NB][i], __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[0], x[1], 0x7632),
-                    __byte_perm(x[2], x[3], 0x5410), __byte_perm(x[2], x[3], 0x7632), b[0], b[1]);
+      }
+      if constexpr (R::kSplit) {
+        sum[0][0] += total[0] + total[1];
+      } else {
+        sum[n % NB][0] += total[0];
+        sum[n % NB][NC - 1] += total[1];
       }
     }
-    if constexpr (R::kSplit) {
-      sum[0][0] += total[0] + total[1];
-    } else {
-      sum[n % NB][0] += total[0];
-      sum[n % NB][NC - 1] += total[1];
-    }
-  }
   __syncthreads();  // the next block's scores and probabilities may be written
 }
 

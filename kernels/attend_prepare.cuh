@@ -9,9 +9,10 @@ namespace kakeya {
 // Prepares the page at shared address `page`: reads its statistics, writes query and mean registers, and value
 // registers of buffer `value`; turns the query on to the next block's centre. kPairThreads threads share a channel
 // pair of K and two channels of V; each also has its rows.
-template <int D, int Q, int ROWS>
+template <int D, int Q, int ROWS, bool CAPPED>
 template <bool CALIBRATED>
-KAKEYA_D void Attend<D, Q, ROWS>::prepare(uint32_t page, uint32_t value) {
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::prepare(uint32_t page, uint32_t value) {
+  if (!has_unit()) return;
   const uint32_t s = page + side;
   float scale[S::kStats], base[S::kStats];
 #pragma unroll
@@ -56,8 +57,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::prepare(uint32_t page, uint32_t value) {
 }
 
 // The raw query of a segment, element type, for open blocks.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::prepare_raw(const AttendCursor &c) {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::prepare_raw(const AttendCursor &c) {
   const int rows = rows_of(c.sequence);
   for (int i = thread; i < NB * 8 * D; i += S::kThreads) {
     const int column = i / D, channel = i % D;

@@ -5,8 +5,8 @@
 
 namespace kakeya {
 
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::load_table() {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::load_table() {
   const uint4 *at = t.at<uint4>(t.offsets) + (warp * S::kWarpTiles / 2 * S::kPairSteps * 32 + lane) * 2;
 #pragma unroll
   for (int s = 0; s < S::kPairSteps; ++s)
@@ -17,8 +17,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::load_table() {
     }
 }
 
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::run() {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::run() {
   const int64_t total = total_shares(), blocks = working_blocks();
   // Pages that this step seals may be among those that it reads. In most steps there are none: then only open blocks
   // and the launch before wait for each other, in segment().
@@ -64,9 +64,9 @@ KAKEYA_D void Attend<D, Q, ROWS>::run() {
 }
 
 // Waits for the next page and prepares it; tells where it is.
-template <int D, int Q, int ROWS>
+template <int D, int Q, int ROWS, bool CAPPED>
 template <bool CALIBRATED>
-KAKEYA_D uint32_t Attend<D, Q, ROWS>::next_page(int &stage, uint32_t &parity, uint32_t buffer) {
+KAKEYA_D uint32_t Attend<D, Q, ROWS, CAPPED>::next_page(int &stage, uint32_t &parity, uint32_t buffer) {
   await_page(stage, parity);
 #if !KAKEYA_BULK
   __syncthreads();
@@ -79,9 +79,10 @@ KAKEYA_D uint32_t Attend<D, Q, ROWS>::next_page(int &stage, uint32_t &parity, ui
 
 // Units [c.unit, c.unit + count) of one item. `stage` and `parity` tell where its first sealed page is, and are moved
 // on.
-template <int D, int Q, int ROWS>
+template <int D, int Q, int ROWS, bool CAPPED>
 template <bool CALIBRATED>
-KAKEYA_D void Attend<D, Q, ROWS>::segment(const AttendCursor &c, int count, int at, int &stage, uint32_t &parity) {
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::segment(const AttendCursor &c, int count, int at, int &stage,
+                                                  uint32_t &parity) {
   begin_segment(c);
   __syncthreads();  // barriers and constants of run() are there
   int left = max(0, int(opaque(min(c.unit + count, c.pages) - c.unit)));
@@ -100,6 +101,7 @@ KAKEYA_D void Attend<D, Q, ROWS>::segment(const AttendCursor &c, int count, int 
 #endif
     gather(s);
     gather_slots(page, s);
+    if constexpr (CAPPED) cap_scores(s, kScoreUnit);
     const uint32_t now = page;
     if (--left)
       page = next_page<CALIBRATED>(stage, parity, buffer ^ 1);

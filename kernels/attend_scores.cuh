@@ -6,8 +6,8 @@
 namespace kakeya {
 
 // The scores of a pair of tiles as their owners want them, [tile][m][n][c]: both columns of a row added up.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::fold(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]) {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fold(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]) {
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
@@ -22,9 +22,9 @@ KAKEYA_D void Attend<D, Q, ROWS>::fold(const float (&acc)[2][NB][4], float (&x)[
 
 // Leaves the partial scores of a pair of tiles with their owners, or adds them to `own`. Pairs come one after the
 // other, `part` is the next owner's.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::hand_over(int pair, const float (&acc)[2][NB][4], uint32_t &part,
-                                            float (&own)[kScores]) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::hand_over(int pair, const float (&acc)[2][NB][4], uint32_t &part,
+                                                    float (&own)[kScores]) const {
   constexpr int N = 2 * NB * NC, owners = 2 / S::kWarpTiles;
   float x[2][N];
   fold(acc, x);
@@ -42,8 +42,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::hand_over(int pair, const float (&acc)[2][NB][
 }
 
 // The mean's part of this warp's tokens.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::mean_scores(float (&own)[kScores]) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::mean_scores(float (&own)[kScores]) const {
   float acc[2][NB][4];  // cosines, sines
 #pragma unroll
   for (int n = 0; n < NB; ++n)
@@ -71,10 +71,10 @@ KAKEYA_D void Attend<D, Q, ROWS>::mean_scores(float (&own)[kScores]) const {
 }
 
 // Partial scores of this warp's unit with width W; its own tokens' are added to `own`.
-template <int D, int Q, int ROWS>
+template <int D, int Q, int ROWS, bool CAPPED>
 template <int W>
-KAKEYA_D void Attend<D, Q, ROWS>::score_unit(uint32_t page, const uint32_t (&q)[NB][kRegs],
-                                             float (&own)[kScores]) const {
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::score_unit(uint32_t page, const uint32_t (&q)[NB][kRegs],
+                                                     float (&own)[kScores]) const {
   float zero[NB][4];
 #pragma unroll
   for (int n = 0; n < NB; ++n) {
@@ -156,12 +156,12 @@ KAKEYA_D void Attend<D, Q, ROWS>::score_unit(uint32_t page, const uint32_t (&q)[
   }
 }
 
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::scores(uint32_t page, float (&own)[kScores]) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::scores(uint32_t page, float (&own)[kScores]) const {
   uint32_t q[NB][kRegs];
 #pragma unroll
   for (int n = 0; n < NB; ++n) load_regs(q[n], my_query + n * kTileBytes);
-  if (num_slots) slot_scores(page, q);
+  if (num_slots && has_unit()) slot_scores(page, q);  // without a unit the width is 0, and the query is nobody's
   mean_scores(own);
   switch (k_width) {  // the same for the whole warp and for as long as the head stays
     case 0:
@@ -182,8 +182,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::scores(uint32_t page, float (&own)[kScores]) c
 }
 
 // Nothing, of a unit without codes.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::no_scores(float (&own)[kScores]) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::no_scores(float (&own)[kScores]) const {
   float acc[2][NB][4];
 #pragma unroll
   for (int n = 0; n < NB; ++n)
@@ -196,8 +196,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::no_scores(float (&own)[kScores]) const {
 
 // The exact slots' part of this warp's unit. Row g of the product is slot g; what rows beyond the last slot hold does
 // not matter, their token byte says none.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::slot_scores(uint32_t page, const uint32_t (&q)[NB][kRegs]) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::slot_scores(uint32_t page, const uint32_t (&q)[NB][kRegs]) const {
   const uint32_t a = page + k_slot;
   const float scale = half_low(lds_u16(page + k_slot_scale)) * k_undo;
   const uint4 up = lds_u128(shared + M::kSlotUp + warp * 32), add = lds_u128(shared + M::kSlotUp + warp * 32 + 16);

@@ -7,9 +7,9 @@
 namespace kakeya {
 
 // Offset of unit u from its group's start, bytes of all of a group's units, and where the chain's unit before is.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::find_unit(const uint8_t *widths, int u, uint32_t &offset, uint32_t &total,
-                                            UnitPast &past) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::find_unit(const uint8_t *widths, int u, uint32_t &offset, uint32_t &total,
+                                                    UnitPast &past) const {
   offset = total = 0;
   past = {0, 0, false};
   uint32_t at = 0;
@@ -25,8 +25,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::find_unit(const uint8_t *widths, int u, uint32
 // by class of channels, factors and addends that take off 1152; uniform queries carry 2^(4 - bit) of the codes, 2^bit
 // makes up for it. Values: by class, the sum's factor. `k_factor`, `v_factor`: the alphabets' own, unless
 // codes are uniform.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::slot_constants(float k_factor, float v_factor) {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::slot_constants(float k_factor, float v_factor) {
   k_undo = 16.0f;
   float undo = 1.0f;
   if (Q == kUniform) {
@@ -47,8 +47,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::slot_constants(float k_factor, float v_factor)
   __syncwarp();
 }
 
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::begin_segment(const AttendCursor &c) {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::begin_segment(const AttendCursor &c) {
   const HeadView h = head_view(t, p.layer, p.first_head + c.head);
   const LayerLayout layout = t.at<LayerLayout>(t.layers)[p.layer];
   side = layout.side_offset;
@@ -77,7 +77,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::begin_segment(const AttendCursor &c) {
     slot_constants(k.factor, v.factor);
   }
 
-  const int f = thread / S::kPairThreads, role = thread % S::kPairThreads;
+  // A warp without units gets a pair of another's: it only reads.
+  const int f = has_unit() ? thread / S::kPairThreads : S::kPairs - 1, role = thread % S::kPairThreads;
   const int2 pair = pair_channels(f);
 #pragma unroll
   for (int e = 0; e < S::kStats; ++e) {

@@ -23,17 +23,19 @@ constexpr float kHalfMax = 60000.0f;
 
 template <int D>
 struct AttendShape {
-  static constexpr int kUnits = D == 256 ? 8 : 4;
+  static constexpr int kUnits = D == 256 ? 8 : D == 96 ? 3 : 4;
   static constexpr int kUnitChannels = D / kUnits;
   static constexpr int kUnitTokens = 512 / kUnitChannels;
-  static constexpr int kWarps = kUnits, kThreads = 32 * kWarps;
+  // A warp for each unit. Three cannot share eight tiles evenly: at head_dim 96 a fourth has tiles, but no unit.
+  static constexpr int kWarps = D == 96 ? 4 : kUnits, kThreads = 32 * kWarps;
   static constexpr int kGroups = kBlock / kUnitTokens;  // token groups of a block
   static constexpr int kTiles = kUnitChannels / 16;     // 16-channel tiles of a unit
   static constexpr int kPairs = D / 2;
-  static constexpr int kPairSteps = kPairs / 16;          // products of 16 channel pairs that the mean takes, twice
-  static constexpr int kWarpTiles = 8 / kWarps;           // tiles of 16 tokens whose softmax a warp owns
-  static constexpr int kPairThreads = kThreads / kPairs;  // threads that prepare a channel pair
-  static constexpr int kStats = 4 / kPairThreads;         // statistics of a thread: of two K and two V channels a pair
+  static constexpr int kPairSteps = kPairs / 16;  // products of 16 channel pairs that the mean takes, twice
+  static constexpr int kWarpTiles = 8 / kWarps;   // tiles of 16 tokens whose softmax a warp owns
+  // Threads that prepare a channel pair; a warp without a unit has none.
+  static constexpr int kPairThreads = 32 * kUnits / kPairs;
+  static constexpr int kStats = 4 / kPairThreads;  // statistics of a thread: of two K and two V channels a pair
 };
 
 template <int ROWS>
@@ -43,6 +45,13 @@ struct AttendRows {
   static constexpr int kTiles = ROWS == 16 ? 2 : 1;           // 8-column tiles of the products with codes
   static constexpr int kMeanTiles = kSplit ? 1 : 2 * kTiles;  // high parts, then low parts
 };
+
+// Registers and shared memory of a multiprocessor: 16 warps of 128 registers at most, fewer where more rows need more.
+template <int D, int Q, int ROWS>
+constexpr int blocks_per_sm() {
+  if (D == 256) return ROWS == 4 ? 2 : 1;
+  return ROWS == 4 ? 4 : ROWS == 8 ? 3 : 2;
+}
 
 // Shared memory, bytes from its start.
 template <int D, int ROWS>
@@ -56,7 +65,7 @@ struct AttendShared {
   static constexpr int kProbTile = kBlock * 16;
   static constexpr int kSlotScores = kProb + R::kMeanTiles * kProbTile;  // f32 [slot][unit][row]
   // f16 registers of the query [tile][unit][lane][..]; with split columns of the even columns' lanes only.
-  static constexpr int kQuery = kSlotScores + kMaxSlots * S::kWarps * ROWS * 4;
+  static constexpr int kQuery = kSlotScores + kMaxSlots * S::kUnits * ROWS * 4;
   static constexpr int kQueryBytes = R::kSplit ? D * 4 * 2 : R::kTiles * D * 8 * 2;
   static constexpr int kMean = kQuery + kQueryBytes;  // f16 [tile][unit][lane][..]
   static constexpr int kMeanBytes = R::kMeanTiles * D * 8 * 2;

@@ -7,16 +7,16 @@
 namespace kakeya {
 
 // Adds the other units' partial scores to this warp's own.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::gather(float (&s)[kScores]) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::gather(float (&s)[kScores]) const {
   const uint32_t a = my_part + warp * M::kOwnerBytes;
 #pragma unroll
   for (int i = 0; i < S::kWarps - 1; ++i) add_floats<kScores>(a + i * M::kPartBytes, s);
 }
 
 // And those of the page's exact slots whose tokens this warp owns.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::gather_slots(uint32_t page, float (&s)[kScores]) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::gather_slots(uint32_t page, float (&s)[kScores]) const {
   // A slot's token in steps from the centre, ~ of them below it; without a token far from all.
   const int from = int(lds_u8(page + 8 + lane % kMaxSlots)) - kBlock / 2, steps = from ^ from >> 31;
   const int pair = S::kWarpTiles == 2 ? warp : warp / 2;
@@ -31,16 +31,24 @@ KAKEYA_D void Attend<D, Q, ROWS>::gather_slots(uint32_t page, float (&s)[kScores
       for (int c = 0; c < NC; ++c) {
         float x = 0.0f;
 #pragma unroll
-        for (int u = 0; u < S::kWarps; ++u) x += lds_f32(slot_score_at(slot, u, row_of(n, c)));
+        for (int u = 0; u < S::kUnits; ++u) x += lds_f32(slot_score_at(slot, u, row_of(n, c)));
 #pragma unroll
         for (int h = 0; h < 2 * S::kWarpTiles; ++h) s[(h * NB + n) * NC + c] += here && half == h ? x : 0.0f;
       }
   }
 }
 
+// Caps gathered scores, of which `unit` makes units of log2.
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::cap_scores(float (&s)[kScores], float unit) const {
+  const float cap = p.soft_cap * (1.4426950408889634f / unit), inverse = __fdividef(1.0f, cap);
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) s[i] = cap * tanh_fast(s[i] * inverse);
+}
+
 // Takes the item's last page from the rows whose tokens lie in it: they read it as the open block that it also is.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::hide_rows(float (&s)[kScores]) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::hide_rows(float (&s)[kScores]) const {
   const int hidden = int(lds_u32(shared + M::kHidden)) - chunk_row;
   if (hidden <= 0) return;
 #pragma unroll
@@ -54,9 +62,9 @@ KAKEYA_D void Attend<D, Q, ROWS>::hide_rows(float (&s)[kScores]) const {
 
 // Probabilities of this warp's tokens: fp16, and zeros in the columns of low parts. Of an open block (RAW): element
 // type, high parts and what is left, beside them or in tiles of its own.
-template <int D, int Q, int ROWS>
+template <int D, int Q, int ROWS, bool CAPPED>
 template <bool RAW>
-KAKEYA_D void Attend<D, Q, ROWS>::store_probs(const float (&s)[kScores]) const {
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::store_probs(const float (&s)[kScores]) const {
   constexpr float unit = RAW ? 1.0f : kScoreUnit;
 #pragma unroll
   for (int h = 0; h < 2 * S::kWarpTiles; ++h)
@@ -86,9 +94,9 @@ KAKEYA_D void Attend<D, Q, ROWS>::store_probs(const float (&s)[kScores]) const {
 
 // Exponentials of the gathered scores, which are 1 / kScoreUnit too large where they are not RAW; ends with the
 // barrier after which probabilities may be read.
-template <int D, int Q, int ROWS>
+template <int D, int Q, int ROWS, bool CAPPED>
 template <bool RAW>
-KAKEYA_D void Attend<D, Q, ROWS>::softmax(const float (&s)[kScores]) {
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::softmax(const float (&s)[kScores]) {
   constexpr float unit = RAW ? 1.0f : kScoreUnit;
   float top[NB][NC];
   bool above = false;
@@ -112,9 +120,9 @@ KAKEYA_D void Attend<D, Q, ROWS>::softmax(const float (&s)[kScores]) {
 
 // A new shared maximum for the rows that need one, from this thread's largest scores; their sums so far are scaled to
 // it. Other rows stay as they are, so that no row's result depends on what else is in the pass.
-template <int D, int Q, int ROWS>
+template <int D, int Q, int ROWS, bool CAPPED>
 template <bool RAW>
-KAKEYA_D void Attend<D, Q, ROWS>::raise_peak(const float (&top)[NB][NC]) {
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::raise_peak(const float (&top)[NB][NC]) {
   const uint32_t maxima = shared + M::kMax;
 #pragma unroll
   for (int n = 0; n < NB; ++n)

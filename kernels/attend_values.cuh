@@ -6,10 +6,10 @@
 namespace kakeya {
 
 // Sums over the block's tokens: of codes, and of probabilities alone.
-template <int D, int Q, int ROWS>
+template <int D, int Q, int ROWS, bool CAPPED>
 template <int W>
-KAKEYA_D void Attend<D, Q, ROWS>::value_unit_sums(uint32_t page, float (&acc)[NB][S::kTiles][4],
-                                                  float (&total)[NB][4]) const {
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::value_unit_sums(uint32_t page, float (&acc)[NB][S::kTiles][4],
+                                                          float (&total)[NB][4]) const {
   constexpr uint32_t ones = 0x3c003c00u;
   constexpr int kEach = kNarrow ? 1 : 2;  // groups of 32 tokens
   uint32_t at = page + v_unit, prob = prob_at(0, lane);
@@ -54,8 +54,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::value_unit_sums(uint32_t page, float (&acc)[NB
 }
 
 // Of a unit without codes.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::value_totals(float (&total)[NB][4]) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::value_totals(float (&total)[NB][4]) const {
   constexpr uint32_t ones = 0x3c003c00u;
 #pragma unroll 1
   for (int x = 0; x < 4; ++x)
@@ -68,8 +68,9 @@ KAKEYA_D void Attend<D, Q, ROWS>::value_totals(float (&total)[NB][4]) const {
     }
 }
 
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::values(uint32_t page, uint32_t buffer) {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::values(uint32_t page, uint32_t buffer) {
+  if (!has_unit()) return;
   float acc[NB][S::kTiles][4], total[NB][4];
 #pragma unroll
   for (int n = 0; n < NB; ++n)
@@ -127,8 +128,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::values(uint32_t page, uint32_t buffer) {
 }
 
 // The exact slots: 8 more tokens, whose probabilities are picked from the page's. They are where sums of codes begin.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::value_slots(float (&acc)[NB][S::kTiles][4], uint32_t page) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::value_slots(float (&acc)[NB][S::kTiles][4], uint32_t page) const {
   // Two slots of this lane: where there are fewer, their tokens are none, and any finite numbers will do.
   const uint32_t tokens = lds_u16(page + 8 + 2 * t4), first = tokens & 0xffu, second = tokens >> 8;
   const uint2 scales = lds_u64(page + v_slot_scale);

@@ -6,8 +6,8 @@
 namespace kakeya {
 
 // The unit at place `at` of the list.
-template <int D, int Q, int ROWS>
-KAKEYA_D AttendCursor Attend<D, Q, ROWS>::seek(int at) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D AttendCursor Attend<D, Q, ROWS, CAPPED>::seek(int at) const {
   int lo = 0, hi = p.num_seqs - 1;  // last sequence that begins at or before `at`
   while (lo < hi) {
     const int mid = (lo + hi + 1) / 2;
@@ -27,8 +27,8 @@ KAKEYA_D AttendCursor Attend<D, Q, ROWS>::seek(int at) const {
 }
 
 // The first unit of the item after c's; there must be one.
-template <int D, int Q, int ROWS>
-KAKEYA_D AttendCursor Attend<D, Q, ROWS>::following(AttendCursor c) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D AttendCursor Attend<D, Q, ROWS, CAPPED>::following(AttendCursor c) const {
   c.unit = 0;
   if (++c.head == p.num_kv_heads) {
     c.head = 0;
@@ -41,8 +41,8 @@ KAKEYA_D AttendCursor Attend<D, Q, ROWS>::following(AttendCursor c) const {
   return c;
 }
 
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::fetch_begin() {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_begin() {
   fetch.stage = 0;
   fetch.at = begin;
   fetch.cursor = seek(begin);
@@ -50,8 +50,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::fetch_begin() {
 }
 
 // Goes to the next sealed page of this block's range, from the cursor's own item on; fetch.at is the cursor's place.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::fetch_item() {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_item() {
   while (fetch.at < end) {
     const AttendCursor &c = fetch.cursor;
     fetch.left = min(end - fetch.at, c.pages - c.unit);
@@ -66,15 +66,15 @@ KAKEYA_D void Attend<D, Q, ROWS>::fetch_item() {
 }
 
 // The block's place in the table is loaded one page ahead and met when its transfer starts: nobody waits for it.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::fetch_look_up() {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_look_up() {
   const AttendCursor &c = fetch.cursor;
   fetch_block = __ldg(p.block_table + c.sequence * p.block_table_stride + c.unit);
 }
 
 // Starts the transfer of the next sealed page, if there is one. From sm_90 on thread 0 alone calls this.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::fetch_page() {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_page() {
   if (fetch.more) {
     const uint8_t *page = p.pages + fetch_block * p.page_block_stride + fetch.cursor.head * p.page_head_stride;
     const uint32_t dst = stage_at(fetch.stage);
@@ -102,8 +102,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::fetch_page() {
 }
 
 #if !KAKEYA_BULK
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::copy_async(uint32_t dst, const void *src, uint32_t bytes) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::copy_async(uint32_t dst, const void *src, uint32_t bytes) const {
   for (uint32_t i = 16 * thread; i < bytes; i += 16 * S::kThreads)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst + i), "l"(static_cast<const uint8_t *>(src) + i)
                  : "memory");
@@ -111,8 +111,8 @@ KAKEYA_D void Attend<D, Q, ROWS>::copy_async(uint32_t dst, const void *src, uint
 #endif
 
 // Waits until a page is there. Before sm_90 a barrier must follow.
-template <int D, int Q, int ROWS>
-KAKEYA_D void Attend<D, Q, ROWS>::await_page(int stage, uint32_t parity) const {
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::await_page(int stage, uint32_t parity) const {
 #if KAKEYA_BULK
   barrier_wait(shared + M::kBarriers + 8 * stage, parity);
 #else

@@ -15,9 +15,11 @@ extern "C" __device__ uint32_t kakeya_info[] = {
     sizeof(Tables),
     // Dynamic shared memory of sealing and opening, by head_dim.
     uint32_t(seal_shared_bytes(64)),
+    uint32_t(seal_shared_bytes(96)),
     uint32_t(seal_shared_bytes(128)),
     uint32_t(seal_shared_bytes(256)),
     uint32_t(open_shared_bytes(64)),
+    uint32_t(open_shared_bytes(96)),
     uint32_t(open_shared_bytes(128)),
     uint32_t(open_shared_bytes(256)),
 };

@@ -106,8 +106,8 @@ struct AttendParams {
   int32_t layer, first_head, element;
   int32_t batch_invariant;  // whether no item may be divided: a row's result is then the same in every step
   float scale;              // of the scores, such as 1 / sqrt(head_dim)
-  int32_t reserved;
-  const float *sinks;  // by query head, or nullptr: a score of a key without a value
+  float soft_cap;           // of scores, positive; only the kernels for models that have one look at it
+  const float *sinks;       // by query head, or nullptr: a score of a key without a value
 };
 
 }  // namespace kakeya

@@ -63,10 +63,10 @@ build() {
     local jobs=() unit name dim
     for unit in kernels/*.cu; do
         name=$(basename "$unit" .cu)
-        if [[ $name == attend ]]; then
+        if [[ $name == attend* ]]; then
             # One head dimension a compilation: they take the longest.
-            for dim in 64 128 256; do
-                compile "attend_$dim" -DKAKEYA_HEAD_DIM=$dim "$unit" &
+            for dim in 64 96 128 256; do
+                compile "${name}_$dim" -DKAKEYA_HEAD_DIM=$dim "$unit" &
                 jobs+=($!)
             done
         else

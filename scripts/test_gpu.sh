@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 cd "$ROOT"
 work=$CACHE/gpu
-dims="64 128 256"
+dims="64 96 128 256"
 
 # generators: programs that write inputs, and the codec's answers, for tests/gpu.
 generators() {

@@ -868,10 +868,11 @@ kakeya_status kakeya_cuda_seal(const kakeya_cuda *cuda, const kakeya_cuda_write_
 kakeya_status kakeya_cuda_attend(const kakeya_cuda *cuda,
                                  const kakeya_cuda_attend_args *args);
 
-// kakeya_cuda_attend with attention sinks.
+// kakeya_cuda_attend with a soft cap of scores and attention sinks.
 //
-// Errors: as kakeya_cuda_attend, and UNSUPPORTED (a soft cap, which the kernels do not have). Sinks are
-// not looked at: one that is not finite makes its head's output so.
+// Errors: as kakeya_cuda_attend, and OUT_OF_RANGE (soft_cap), UNSUPPORTED (a soft cap on a GPU with too
+// little shared memory for it). Sinks are not looked at: one that is not finite makes its head's output
+// so.
 kakeya_status kakeya_cuda_attend_with(const kakeya_cuda *cuda,
                                       const kakeya_cuda_attend_args *args,
                                       const kakeya_attend_options *options);

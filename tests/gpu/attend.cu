@@ -5,6 +5,7 @@
 //   ./attend_gpu check DIR/*.bin      every shape; relative L2 bound 2e-3
 //   ./attend_gpu small DIR/*.bin      a few shapes, for compute-sanitizer
 //   ./attend_gpu bench DIR/*.bin      medians over CUDA-graph replays with cold L2
+//   KAKEYA_BENCH_CAP=50 ./attend_gpu bench DIR/*.bin      the same with a soft cap of scores
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "../../kernels/attend.cu"
+#include "../../kernels/attend_capped.cu"
 
 #define CUDA(call)                                                                          \
   do {                                                                                      \
@@ -100,11 +102,13 @@ static Kernel shape_of(const void *entry) {
   return {entry, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kFixed, blocks_per_sm<D, kUniform, ROWS>(), ROWS};
 }
 
-static Kernel kernel_of(int d, int q, int rows) {
-#define PICK(D, QQ, NAME)                                                             \
-  if (d == D && q == QQ)                                                              \
-  return rows <= 4   ? shape_of<D, 4>((const void *)kakeya_attend_d##D##_##NAME##_r4) \
-         : rows <= 8 ? shape_of<D, 8>((const void *)kakeya_attend_d##D##_##NAME##_r8) \
+// `capped`: for a soft cap of scores, of which there is one for any number of rows.
+static Kernel kernel_of(int d, int q, int rows, bool capped) {
+#define PICK(D, QQ, NAME)                                                                      \
+  if (d == D && q == QQ)                                                                       \
+  return capped      ? shape_of<D, 16>((const void *)kakeya_attend_d##D##_##NAME##_r16_capped) \
+         : rows <= 4 ? shape_of<D, 4>((const void *)kakeya_attend_d##D##_##NAME##_r4)          \
+         : rows <= 8 ? shape_of<D, 8>((const void *)kakeya_attend_d##D##_##NAME##_r8)          \
                      : shape_of<D, 16>((const void *)kakeya_attend_d##D##_##NAME##_r16)
 #define PICK_ALL(D)           \
   PICK(D, kUniform, uniform); \
@@ -112,6 +116,9 @@ static Kernel kernel_of(int d, int q, int rows) {
   PICK(D, kTrellis, trellis)
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 64
   PICK_ALL(64);
+#endif
+#if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 96
+  PICK_ALL(96);
 #endif
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 128
   PICK_ALL(128);
@@ -139,11 +146,13 @@ static int stages_of(const Kernel &k, int stage_bytes) {
 
 struct Launch {
   Kernel k;
-  int stages, shared, blocks, chunks;
-  // `kernel_rows`: rows a pass of the kernel to take, at least; `rows`: of a sequence, at most.
-  Launch(const File &f, int kernel_rows, int rows) {
+  int stages, shared, blocks, chunks, record_rows;
+  // `kernel_rows`: rows a pass of the kernel to take, at least; `rows`: of a sequence, at most. `capped`: the kernel
+  // for a soft cap instead, in the workspace of the one without.
+  Launch(const File &f, int kernel_rows, int rows, bool capped = false) {
     const int d = int(f.t.head_dim), stage_bytes = int(f.t.page_bytes);
-    k = kernel_of(d, f.quantizer(), kernel_rows);
+    k = kernel_of(d, f.quantizer(), kernel_rows, capped);
+    record_rows = kernel_of(d, f.quantizer(), kernel_rows, false).rows;
     // As the library does: as many blocks as the kernel was compiled for, else fewer.
     for (stages = stages_of(k, stage_bytes); stages < 3 && k.blocks_per_sm > 1; stages = stages_of(k, stage_bytes))
       --k.blocks_per_sm;
@@ -156,10 +165,10 @@ struct Launch {
     blocks = num_sms() * k.blocks_per_sm;
     chunks = (rows + k.rows - 1) / k.rows;
   }
-  size_t workspace(int d, int items) const { return size_t(chunks) * (blocks + items) * k.rows * (d + 2); }
+  size_t workspace(int d, int items) const { return size_t(chunks) * (blocks + items) * record_rows * (d + 2); }
   void run(AttendParams &p, cudaStream_t s) const {
-    uint32_t n = stages;
-    void *args[] = {&p, &n};
+    uint32_t n = stages, room = record_rows;
+    void *args[] = {&p, &n, &room};  // without a cap the kernel takes two
     CUDA(cudaLaunchKernel(k.entry, dim3(blocks, chunks), dim3(k.threads), args, shared, s));
   }
 };
@@ -190,9 +199,9 @@ struct Sequence {
   int len, tokens;
 };
 
-// Relative L2 error of one batch; -1 if something was written that should not be.
+// Relative L2 error of one batch; -1 if something was written that should not be. `cap`: of scores, 0: none.
 static double check(const File &f, const std::vector<Sequence> &seqs, int group, uint64_t seed, bool invariant,
-                    bool with_sinks = false) {
+                    bool with_sinks = false, float cap = 0) {
   const int d = int(f.t.head_dim), heads = int(f.heads);
   std::mt19937_64 random(seed);
   std::normal_distribution<float> normal;
@@ -246,7 +255,7 @@ static double check(const File &f, const std::vector<Sequence> &seqs, int group,
           for (int c = 0; c < d; ++c) pool[((size_t(slot) * 2 * heads + i) * kBlock + j) * d + c] = 0x7fc0;
     }
 
-  const Launch launch(f, invariant ? 16 : most * group, most * group);
+  const Launch launch(f, invariant ? 16 : most * group, most * group, cap > 0);
   std::vector<int> plan(plan_size(n, 0), 0);
   plan[1] = cumulative.back();
   std::copy(cumulative.begin(), cumulative.end(), plan.begin() + plan_cumulative(0));
@@ -260,6 +269,7 @@ static double check(const File &f, const std::vector<Sequence> &seqs, int group,
     for (auto &x : sinks) x = 3 + 3 * normal(random);
   Device<float> d_sinks(sinks);
   AttendParams p = {};
+  p.soft_cap = cap;
   p.sinks = with_sinks ? d_sinks.p : nullptr;
   p.tables = reinterpret_cast<const Tables *>(d_tables.p);
   p.pages = d_pages.p;
@@ -323,6 +333,7 @@ static double check(const File &f, const std::vector<Sequence> &seqs, int group,
             double x = 0;
             for (int c = 0; c < d; ++c) x += double(from_bf16(q[at + c])) * k[size_t(j) * d + c];
             w[j] = x / std::sqrt(double(d));
+            if (cap > 0) w[j] = double(cap) * std::tanh(w[j] / double(cap));
             top = std::max(top, w[j]);
           }
           double total = std::exp(sink - top);
@@ -348,10 +359,35 @@ static double check(const File &f, const std::vector<Sequence> &seqs, int group,
   return std::sqrt(e / m);
 }
 
+// Scores with a soft cap: every number of tokens, caps that flatten scores, that bend them and that leave them as they
+// are, with sinks and without, with items divided and whole.
+static void check_caps(const File &f, bool small, int &bad, double &worst) {
+  const float caps[] = {2.5f, 50.0f, 0.5f, 30.0f, 1e20f, 8.0f, 1e-20f};
+  int turn = 0;
+  for (int group : small ? std::vector<int>{4} : std::vector<int>{1, 2, 3, 8, 16})
+    for (int tokens = 1; tokens <= 8; tokens += small ? 7 : 1, ++turn) {
+      std::vector<Sequence> s;
+      for (int len : {1, 127, 128, 129, 257, 300, 2047, 4096})
+        if (!small || len < 400) s.push_back({std::max(len, tokens), tokens});
+      s.insert(s.begin() + 3, Sequence{0, 0});                                         // padding
+      s.push_back({700 + tokens, std::max(1, tokens - 1)});                            // mixed numbers of tokens
+      for (int over = 1; over < tokens; over += 3) s.push_back({384 + over, tokens});  // over the end of a block
+      const float cap = caps[turn % 7];
+      const bool invariant = turn % 3 == 2, sinks = turn % 2;
+      const double e = check(f, s, group, 7000 + 100 * group + tokens, invariant, sinks, cap);
+      worst = std::max(worst, e);
+      const bool ok = e >= 0 && e < 2e-3;
+      bad += !ok;
+      printf("%s %-32s group %2d tokens %d, soft cap %g%s%s: %.2e\n", ok ? "ok  " : "FAIL", f.name.c_str(), group,
+             tokens, double(cap), sinks ? ", sinks" : "", invariant ? ", batch invariant" : "", e);
+    }
+}
+
 static int check_all(const std::vector<File> &files, bool small) {
   int bad = 0;
   double worst = 0;
   for (const File &f : files) {
+    check_caps(f, small, bad, worst);
     std::vector<int> groups = small ? std::vector<int>{4} : std::vector<int>{1, 2, 3, 4, 6, 8, 16};
     for (int group : groups)
       for (int tokens = 1; tokens <= 8; tokens = small ? tokens + 7 : tokens < 4 ? tokens + 1 : 2 * tokens) {
@@ -436,7 +472,8 @@ static void bench(const File &f, int batch, int context, int group, double copy)
   std::vector<uint16_t> q(size_t(batch) * heads * group * d), pool(size_t(batch) * 2 * heads * kBlock * d);
   for (auto &x : q) x = to_bf16(normal(random));
   for (auto &x : pool) x = to_bf16(normal(random));
-  const Launch launch(f, group, group);
+  const float cap = getenv("KAKEYA_BENCH_CAP") ? float(atof(getenv("KAKEYA_BENCH_CAP"))) : 0.0f;  // of scores, 0: none
+  const Launch launch(f, group, group, cap > 0);
   Device<uint16_t> d_q(q), d_pool(pool), d_out(q.size());
   Device<int> d_table(table), d_slot(slot), d_start(start), d_lens(lens), d_plan(plan);
   Device<float> work(launch.workspace(d, batch * heads), 0);
@@ -453,6 +490,7 @@ static void bench(const File &f, int batch, int context, int group, double copy)
   p.workspace = work.p, p.counters = count.p;
   p.num_seqs = batch, p.num_kv_heads = heads, p.group = group, p.layer = int(f.layer);
   p.scale = float(1.0 / std::sqrt(double(d)));
+  p.soft_cap = cap;
   cudaStream_t s;
   CUDA(cudaStreamCreate(&s));
   cudaGraph_t graph;

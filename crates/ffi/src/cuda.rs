@@ -384,7 +384,7 @@ pub unsafe extern "C" fn kakeya_cuda_sizes(
         let attend = &cuda.kernels.attend;
         let filled = kakeya_cuda_buffers {
             struct_size: size_of::<kakeya_cuda_buffers>() as u32,
-            attend_blocks: attend.grid[0] * attend.grid[1],
+            attend_blocks: attend.plain.grid[0] * attend.plain.grid[1],
             plan_len: cuda.limits.plan_len(),
             workspace_len: attend.workspace_len(&cuda.limits, cuda.shape.head_dim),
             counters_len: attend.counters_len(&cuda.limits),
@@ -453,10 +453,11 @@ pub unsafe extern "C" fn kakeya_cuda_attend(
     unsafe { launch(cuda, args, |cuda, args| cuda.attend(args, None)) }
 }
 
-/// kakeya_cuda_attend with attention sinks.
+/// kakeya_cuda_attend with a soft cap of scores and attention sinks.
 ///
-/// Errors: as kakeya_cuda_attend, and UNSUPPORTED (a soft cap, which the kernels do not have). Sinks are
-/// not looked at: one that is not finite makes its head's output so.
+/// Errors: as kakeya_cuda_attend, and OUT_OF_RANGE (soft_cap), UNSUPPORTED (a soft cap on a GPU with too
+/// little shared memory for it). Sinks are not looked at: one that is not finite makes its head's output
+/// so.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kakeya_cuda_attend_with(
     cuda: *const kakeya_cuda,

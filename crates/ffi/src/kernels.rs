@@ -125,12 +125,12 @@ pub(crate) struct AttendParams {
     pub element: i32,
     pub batch_invariant: i32,
     pub scale: f32,
-    pub reserved: i32,
+    pub soft_cap: f32,
     pub sinks: *const f32,
 }
 
 /// The head dimensions for which there are kernels.
-const HEAD_DIMS: [usize; 3] = [64, 128, 256];
+const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 
 /// `kakeya_info` of `kernels/info.cu`: sizes that both sides must agree on, then shared memory by head dimension.
 const INFO: &str = "kakeya_info";
@@ -193,11 +193,20 @@ impl Limits {
     }
 }
 
-/// The attention kernel of one model.
-pub(crate) struct Attend {
+/// An attention kernel, and how it is launched.
+pub(crate) struct AttendKernel {
     pub kernel: Kernel,
-    pub stages: u32,
     pub grid: [u32; 3],
+    /// Its parameters behind the first: stages, then, with a soft cap, the rows that a partial result has room for.
+    pub more: Vec<u32>,
+}
+
+/// The attention kernels of one model.
+pub(crate) struct Attend {
+    pub plain: AttendKernel,
+    /// For scores with a soft cap; that it cannot be had concerns only who asks for one.
+    capped: Outcome<AttendKernel>,
+    /// Query rows a pass of the plain kernel, for which partial results have room.
     rows: u32,
 }
 
@@ -313,7 +322,7 @@ impl Attend {
         kinds.sort_by_key(|kind| kind.rows);
         // The kernels for different numbers of rows add up in different orders: one for all of them.
         let fits = |kind: &&AttendInfo| kind.rows >= needed && !limits.batch_invariant;
-        let Some(kind) = kinds.iter().find(fits).or(kinds.last()) else {
+        let (Some(kind), Some(most)) = (kinds.iter().find(fits).or(kinds.last()), kinds.last()) else {
             return refuse!(KAKEYA_ERR_NO_KERNELS, "no attention kernel for head_dim {}", shape.head_dim);
         };
         let quantizer = match codec.recipe().quantizer {
@@ -321,21 +330,62 @@ impl Attend {
             Quantizer::LloydMax => "cubic",
             Quantizer::Trellis => "trellis",
         };
-        let name = format!("kakeya_attend_d{}_{quantizer}_r{}", shape.head_dim, kind.rows);
         check_read_ahead(codec)?;
-        let stage_bytes = codec.page_bytes();
+        let name = |rows| format!("kakeya_attend_d{}_{quantizer}_r{rows}", shape.head_dim);
+        let bytes = codec.page_bytes();
+        let plain = AttendKernel::new(device, &name(kind.rows), kind, needed, bytes)?;
+        // There is one for the largest number of rows. Where the plain kernel has fewer, one pass holds all rows that there
+        // are: the passes are as many, and partial results need room for no more rows than the plain kernel's.
+        let mut capped =
+            AttendKernel::new(device, &format!("{}_capped", name(most.rows)), most, needed, bytes);
+        if let Ok(capped) = &mut capped {
+            capped.grid[0] = capped.grid[0].min(plain.grid[0]);
+            capped.more.push(kind.rows);
+        }
+        Ok(Self { plain, capped, rows: kind.rows })
+    }
+
+    /// The kernel for a soft cap of scores, 0: none.
+    pub fn for_soft_cap(&self, soft_cap: f32) -> Outcome<&AttendKernel> {
+        if soft_cap == 0.0 {
+            return Ok(&self.plain);
+        }
+        match &self.capped {
+            Ok(capped) => Ok(capped),
+            Err(failure) => {
+                refuse!(failure.status, "soft_cap is {soft_cap}; valid: 0, as {}", failure.message)
+            }
+        }
+    }
+
+    /// float32 of the workspace: a record for each block and each (sequence, KV head), a pass. With a soft cap no more.
+    pub fn workspace_len(&self, limits: &Limits, head_dim: usize) -> u64 {
+        let [blocks, passes, _] = self.plain.grid.map(u64::from);
+        let records = blocks + u64::from(limits.max_seqs) * u64::from(limits.num_kv_heads);
+        passes * records * u64::from(self.rows) * (head_dim as u64 + 2)
+    }
+
+    /// Arrival counters, int32.
+    pub fn counters_len(&self, limits: &Limits) -> u64 {
+        u64::from(self.plain.grid[1]) * u64::from(limits.max_seqs) * u64::from(limits.num_kv_heads)
+    }
+}
+
+impl AttendKernel {
+    /// The kernel `name` of a kind, for `needed` query rows of a sequence and pages of `stage_bytes`.
+    fn new(device: &Device, name: &str, kind: &AttendInfo, needed: u32, stage_bytes: usize) -> Outcome<Self> {
         // As many blocks as the kernel was compiled for, else fewer; then as many stages as fit.
         let mut refusal = None;
         for blocks in (1..=kind.blocks_per_sm).rev() {
             for stages in (kind.min_stages..=MAX_STAGES).rev() {
                 let bytes = kind.fixed_shared as usize + stages as usize * stage_bytes;
-                match device.kernel(&name, bytes) {
+                match device.kernel(name, bytes) {
                     Ok(kernel) if kernel.threads != kind.threads => {
                         return refuse!(KAKEYA_ERR_NO_KERNELS, "{name}: {} threads", kernel.threads);
                     }
                     Ok(kernel) if device.occupancy(&kernel)? >= blocks => {
                         let grid = [device.multiprocessors * blocks, needed.div_ceil(kind.rows), 1];
-                        return Ok(Self { kernel, stages, grid, rows: kind.rows });
+                        return Ok(Self { kernel, grid, more: vec![stages] });
                     }
                     Ok(_) => {}
                     Err(failure) => refusal = Some(failure),
@@ -346,16 +396,5 @@ impl Attend {
             Some(failure) => Err(failure),
             None => refuse!(KAKEYA_ERR_UNSUPPORTED, "{name} does not fit on this GPU"),
         }
-    }
-
-    /// float32 of the workspace: a record for each block and each (sequence, KV head), a pass.
-    pub fn workspace_len(&self, limits: &Limits, head_dim: usize) -> u64 {
-        let records = u64::from(self.grid[0]) + u64::from(limits.max_seqs) * u64::from(limits.num_kv_heads);
-        u64::from(self.grid[1]) * records * u64::from(self.rows) * (head_dim as u64 + 2)
-    }
-
-    /// Arrival counters, int32.
-    pub fn counters_len(&self, limits: &Limits) -> u64 {
-        u64::from(self.grid[1]) * u64::from(limits.max_seqs) * u64::from(limits.num_kv_heads)
     }
 }

@@ -1,7 +1,7 @@
 //! Launches of kernels: what each entry point of `cuda.rs` checks in its arguments, and the frame that they share.
 
 use std::ffi::c_void;
-use std::ptr::{from_mut, null, null_mut};
+use std::ptr::{from_mut, null};
 
 use crate::attend::{check_soft_cap, kakeya_attend_options};
 use crate::checks::{Extent, Region, Sized32, arguments, disjoint, pointer, within};
@@ -27,8 +27,8 @@ pub(crate) struct Launch<'a, P> {
     params: P,
     /// Every array that was passed, for the question whose memory it is.
     memory: Vec<Extent>,
-    /// The attention kernel's second parameter.
-    stages: Option<u32>,
+    /// The attention kernels' parameters behind the first.
+    more: Vec<u32>,
     /// Whether it may begin before the launch before it has ended: the kernels that wait by themselves.
     early: bool,
 }
@@ -47,17 +47,13 @@ pub(crate) unsafe fn launch<A: Sized32, P>(
         let args = arguments(args)?;
         // SAFETY: promised by the caller.
         let cuda = unsafe { handle(cuda) }?;
-        let Launch { kernel, grid, stream, mut params, memory, mut stages, early } = prepare(cuda, &args)?;
+        let Launch { kernel, grid, stream, mut params, memory, mut more, early } = prepare(cuda, &args)?;
         cuda.device.check_memory(&memory)?;
-        let mut pointers = [from_mut(&mut params).cast(), null_mut()];
-        let mut count = 1;
-        if let Some(stages) = &mut stages {
-            pointers[1] = from_mut(stages).cast();
-            count = 2;
-        }
-        // SAFETY: `params` is the struct of this kernel (kernels.rs), and `stages` follows where it takes two; the caller
+        let mut pointers: Vec<*mut c_void> = vec![from_mut(&mut params).cast()];
+        pointers.extend(more.iter_mut().map(|word| from_mut(word).cast::<c_void>()));
+        // SAFETY: `params` is the struct of this kernel (kernels.rs), and `more` are its other parameters; the caller
         // promised the memory.
-        unsafe { cuda.device.launch(kernel, grid, stream, early, &mut pointers[..count]) }
+        unsafe { cuda.device.launch(kernel, grid, stream, early, &mut pointers) }
     })
 }
 
@@ -104,7 +100,7 @@ impl kakeya_cuda {
             stream: args.stream,
             params,
             memory,
-            stages: None,
+            more: Vec::new(),
             early: false,
         })
     }
@@ -135,7 +131,7 @@ impl kakeya_cuda {
             stream: args.stream,
             params,
             memory,
-            stages: None,
+            more: Vec::new(),
             early: false,
         })
     }
@@ -170,7 +166,7 @@ impl kakeya_cuda {
             stream: args.stream,
             params,
             memory,
-            stages: None,
+            more: Vec::new(),
             early: true,
         })
     }
@@ -190,12 +186,7 @@ impl kakeya_cuda {
         }
         let soft_cap = options.map_or(0.0, |options| options.soft_cap);
         check_soft_cap(soft_cap)?;
-        if soft_cap > 0.0 {
-            return refuse!(
-                KAKEYA_ERR_UNSUPPORTED,
-                "soft_cap is {soft_cap}; valid: 0, the kernels have no soft cap"
-            );
-        }
+        let chosen = attend.for_soft_cap(soft_cap)?;
         let group = self.shape.num_q_heads / self.shape.num_kv_heads;
         let q_heads = limits.num_kv_heads as usize * group;
         let sinks_ptr = options.map_or(null(), |options| options.sinks);
@@ -233,7 +224,7 @@ impl kakeya_cuda {
             ]
             .concat(),
         )?;
-        let grid = if args.num_seqs == 0 || args.num_tokens == 0 { [0; 3] } else { attend.grid };
+        let grid = if args.num_seqs == 0 || args.num_tokens == 0 { [0; 3] } else { chosen.grid };
         let params = AttendParams {
             tables: self.tables,
             pages: args.pages,
@@ -263,16 +254,18 @@ impl kakeya_cuda {
             element: element as i32,
             batch_invariant: limits.batch_invariant.into(),
             scale: args.scale,
-            reserved: 0,
+            // Below the one bound nothing is left of scores, above the other nothing bent; between them the arithmetic of the
+            // kernels stays in f32's range. Those without a cap do not look at it.
+            soft_cap: soft_cap.clamp(1e-20, 1e20),
             sinks: sinks_ptr,
         };
         Ok(Launch {
-            kernel: &attend.kernel,
+            kernel: &chosen.kernel,
             grid,
             stream: args.stream,
             params,
             memory,
-            stages: Some(attend.stages),
+            more: chosen.more.clone(),
             early: true,
         })
     }
@@ -316,7 +309,7 @@ impl kakeya_cuda {
             stream: args.stream,
             params,
             memory,
-            stages: None,
+            more: Vec::new(),
             early: false,
         })
     }

@@ -22,6 +22,8 @@ fn main() -> std::io::Result<()> {
     let lloyd = "kakeya-4.6x-lloyd-max";
     for (d, rotary, names) in [
         (64, 64, vec![trellis, uniform, lloyd, "kakeya-free-4.6x-trellis"]),
+        (96, 96, vec![trellis, uniform, lloyd, "kakeya-free-4.6x-trellis"]),
+        (96, 48, vec![uniform]),
         (128, 128, vec![trellis, uniform, lloyd, "kakeya-free-4.6x-trellis", "kakeya-6.4x", "kakeya-4.0x"]),
         (128, 64, vec![uniform]), // partial rotary embedding
         (256, 256, vec![trellis, uniform]),

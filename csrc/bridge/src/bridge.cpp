@@ -8,6 +8,7 @@
 
 #include "dequant.cuh"
 #include "open.cuh"
+#include "soft_cap.cuh"
 
 namespace kakeya {
 namespace {
@@ -192,6 +193,10 @@ void dequantise(uint32_t quantizer, size_t width, bool narrow, rust::Slice<const
 float table_scale(uint32_t quantizer) {
   require(quantizer <= kTrellis, "table_scale: quantizer");
   return kakeya::table_scale(Quantizer(quantizer));
+}
+
+float tanh_of(float x) {
+  return tanh_fast(x);
 }
 
 bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uint32_t block_index,

@@ -27,6 +27,9 @@ void dequantise(uint32_t quantizer, size_t width, bool narrow, rust::Slice<const
 // Factor of the table of offsets that the attention kernels expect. `quantizer`: as dequantise.
 float table_scale(uint32_t quantizer);
 
+// tanh as the attention kernels with a soft cap take it.
+float tanh_of(float x);
+
 // Seals a block, the threads of each phase one after the other. False: a value was not finite.
 bool seal(rust::Slice<const uint64_t> tables, uint32_t layer, uint32_t head, uint32_t block_index,
           rust::Slice<const float> k, rust::Slice<const float> v, rust::Slice<uint8_t> page);

@@ -28,6 +28,8 @@ mod ffi {
         ) -> Result<()>;
         /// Factor of the table of offsets that the attention kernels expect. `quantizer`: as in `dequantise`.
         fn table_scale(quantizer: u32) -> Result<f32>;
+        /// tanh as the attention kernels with a soft cap take it.
+        fn tanh_of(x: f32) -> f32;
         /// Seals a block from rows `[128][head_dim]` with the tables of `kakeya_codec::device::tables` (as words, for their
         /// alignment). `false`: a value was not finite, the page means nothing.
         fn seal(
@@ -51,4 +53,4 @@ mod ffi {
     }
 }
 
-pub use ffi::{dequantise, open, pack, pack_trellis, seal, table_scale, trellis_symbols, unpack};
+pub use ffi::{dequantise, open, pack, pack_trellis, seal, table_scale, tanh_of, trellis_symbols, unpack};
