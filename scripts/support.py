@@ -215,7 +215,7 @@ FEATURES = (
     Feature(
         "attention sinks",
         ("mixed::full_layers_are_compressed_and_the_rest_is_stock",),
-        ("cuda_device::sinks",),
+        ("cuda_device::soft_caps_and_sinks",),
         gpu_words="in an earlier state of the kernels; no engine",
     ),
     Feature(
@@ -372,11 +372,11 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("before compute capability", "nothing to run", ("cuda::what_is_refused_on_a_gpu",)),
         ("on a GPU (valid: bfloat16", "no kernels", ("cuda::what_is_refused_on_a_gpu",)),
         ("head_dim … on a GPU", "no kernels", ("cuda::what_is_refused_on_a_gpu",)),
-        ("logits soft cap on a GPU", "it took registers from every model's kernel",
+        ("logits soft cap on a GPU", "its kernels have not run there",
          ("cuda::what_is_refused_on_a_gpu",)),
         ("models that mix full and sliding-window layers on a GPU", "not run to the end there",
          ("cuda::what_is_refused_on_a_gpu",)),
-        ("hybrid models on a GPU", "not run there", ()),
+        ("hybrid models on a GPU", "not run there", ("cuda::what_is_refused_on_a_gpu",)),
         ("speculative tokens on a GPU", "attention takes 8 query tokens a sequence",
          ("cuda::what_is_refused_on_a_gpu",)),
     ),

@@ -128,7 +128,10 @@ class FakeCudaCodec:
         slots = row(args.open_slot, args.num_blocks, torch.int32)
         pages, pool = self._pages(args), self._open_blocks(args)
         heads = self.heads * self.group
-        sinks = row(options.sinks, heads, torch.float32) if options else None
+        soft_cap, sinks = 0.0, None
+        if options is not None:
+            soft_cap = options.soft_cap
+            sinks = row(options.sinks, heads, torch.float32) if options.sinks else None
         q, out = (self._tensor(args, name, heads, args.num_tokens) for name in ("q", "out"))
         for s, length in enumerate(lens):
             count = starts[s + 1] - starts[s]
@@ -144,7 +147,7 @@ class FakeCudaCodec:
                 rows.append(pool[int(slots[blocks[own]])])
                 kv = torch.cat(rows, dim=2)[:, :, :end]  # [2, heads, tokens, D]
                 here = slice(starts[s] + first - history, starts[s] + end - history)
-                rest = args.scale, True, sinks
+                rest = args.scale, True, soft_cap, sinks
                 out[here] = attention(q[here], *kv.transpose(1, 2), *rest)[0]
 
     def open(self, args: lib.CudaOpenArgs) -> None:
@@ -162,6 +165,7 @@ def attention(
     v: torch.Tensor,
     scale: float,
     causal: bool,
+    soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [n, heads, D]; k, v [m, KV heads, D]; the queries are the last of the keys if causal.
@@ -170,6 +174,8 @@ def attention(
     k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
     scores = torch.einsum("nhd,mhd->hnm", q.float(), k) * scale
     n, m = scores.shape[1:]
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     if causal:
         mask = torch.arange(m) > torch.arange(m - n, m)[:, None]
         scores = scores.masked_fill(mask, float("-inf"))
@@ -189,7 +195,8 @@ def flash_attention(**a: Any) -> Any:
     sums = []
     for i in range(len(qs) - 1):
         rows, keys = slice(qs[i], qs[i + 1]), slice(ks[i], ks[i + 1])
-        result, lse = attention(q[rows], k[keys], v[keys], a["softmax_scale"], a["causal"])
+        rest = a["softmax_scale"], a["causal"], a["softcap"]
+        result, lse = attention(q[rows], k[keys], v[keys], *rest)
         out[rows] = result
         sums.append(lse)
     return (out, torch.cat(sums, 1)) if a["return_softmax_lse"] else out

@@ -43,6 +43,7 @@ class Engine:
         dim: int = DIM,
         dtype: torch.dtype = torch.bfloat16,
         repeatable: bool = False,
+        soft_cap: float = 0.0,
         with_sinks: bool = False,
     ) -> None:
         """``repeatable``: a request's tokens are the same however they come in steps."""
@@ -67,6 +68,7 @@ class Engine:
         pool = torch.full((num_open + 1, 2, heads, BLOCK, dim), float("nan"), dtype=dtype)
         pool[num_open] = 0
         self.scale = dim**-0.5
+        self.soft_cap = soft_cap
         # From hardly seen to more than all keys.
         self.sinks = torch.linspace(-2.0, 7.0, heads * group) if with_sinks else None
         self.layer = cuda.CudaLayer(
@@ -75,6 +77,7 @@ class Engine:
             0,
             0,
             self.scale,
+            soft_cap=soft_cap,
             sinks=None if self.sinks is None else self.sinks.to(self.device),
         )
         page = codec.page_bytes(0) if codec else self.worker.codec.page_bytes
@@ -202,7 +205,7 @@ class Engine:
         return torch.cat(parts)
 
     def _causal(self, q: torch.Tensor, keys_values: torch.Tensor) -> torch.Tensor:
-        rest = self.scale, True, self.sinks
+        rest = self.scale, True, self.soft_cap, self.sinks
         return fake_cuda.attention(q, *keys_values, *rest)[0]
 
     def _as_read(self, name: str, history: int) -> torch.Tensor:

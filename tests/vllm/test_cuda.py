@@ -32,9 +32,10 @@ def test_prompts_chunks_and_decoding_in_one_batch() -> None:
     assert engine.computed == {"a": 303, "b": 256, "c": 801, "d": 129, "e": 2}
 
 
-def test_sinks() -> None:
+@pytest.mark.parametrize(("soft_cap", "with_sinks"), [(1.5, False), (0.0, True), (1.5, True)])
+def test_soft_caps_and_sinks(soft_cap: float, with_sinks: bool) -> None:
     """Fresh prompts, a history in pieces, decoding: a sink counts once in each."""
-    engine = Engine(with_sinks=True)
+    engine = Engine(soft_cap=soft_cap, with_sinks=with_sinks)
     engine.step({"a": 700, "b": 128})
     engine.step({"a": 90, "b": 1, "c": 40})
     engine.step({"a": 1, "b": 1, "c": 1}, pad_seqs=1, pad_tokens=1)
@@ -175,6 +176,7 @@ def test_structures_are_as_large_as_the_library_says(function: str, structure: A
             {"text": {"layer_types": ["sliding_attention", "full_attention"]}},
             "models that mix full and sliding-window layers on a GPU",
         ),
+        ({"hybrid": True}, "hybrid models on a GPU (not tried)"),
         ({"drafts": 8}, "8 speculative tokens on a GPU (valid: up to 7)"),
     ],
 )
@@ -182,6 +184,8 @@ def test_what_is_refused_on_a_gpu(change: dict[str, Any], feature: str | None) -
     config = settings(change.get("drafts", 0))
     config.model_config.dtype = change.get("dtype", torch.bfloat16)
     config.model_config.get_head_size = lambda: change.get("head_size", 128)
+    config.model_config.is_hybrid = change.get("hybrid", False)
+    config.model_config.is_attention_free = False
     config.model_config.hf_text_config = SimpleNamespace(**change.get("text", {}))
     capability = change.get("capability", (9, 0))
     platform = SimpleNamespace(has_device_capability=lambda least: capability >= least)

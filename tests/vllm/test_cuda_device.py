@@ -40,10 +40,16 @@ def test_prompts_chunks_and_decoding(recipe: str, heads: int, group: int, dim: i
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(("heads", "group", "dim"), [(2, 3, 64), (2, 4, 128), (1, 1, 256)])
-def test_sinks(recipe: str, heads: int, group: int, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "group", "dim"), [(2, 3, 64), (2, 2, 96), (2, 4, 128), (1, 1, 256)]
+)
+@pytest.mark.parametrize(("soft_cap", "with_sinks"), [(1.5, False), (0.0, True), (1.5, True)])
+def test_soft_caps_and_sinks(
+    recipe: str, heads: int, group: int, dim: int, soft_cap: float, with_sinks: bool
+) -> None:
     shape = {"heads": heads, "group": group, "dim": dim}
-    made = Engine(drafts=1, codec=codec(recipe, **shape), **shape, with_sinks=True)
+    options = {"soft_cap": soft_cap, "with_sinks": with_sinks}
+    made = Engine(drafts=1, codec=codec(recipe, **shape), **shape, **options)
     made.step({"a": 300, "b": 127})
     made.step({"a": 2, "b": 2, "c": 500})
     made.step({"a": 1, "b": 1, "c": 300, "d": 2}, pad_seqs=2, pad_tokens=2)
@@ -70,7 +76,9 @@ def test_drafts(drafts: int, heads: int, group: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(("heads", "group", "dim"), [(2, 3, 64), (2, 4, 128), (1, 1, 256)])
+@pytest.mark.parametrize(
+    ("heads", "group", "dim"), [(2, 3, 64), (2, 2, 96), (2, 4, 128), (1, 1, 256)]
+)
 def test_batch_invariance(
     recipe: str, heads: int, group: int, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

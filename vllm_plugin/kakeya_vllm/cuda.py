@@ -340,14 +340,16 @@ class CudaLayer:
         first_head: int,
         scale: float,
         *,
+        soft_cap: float = 0.0,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        """``sinks``: float32 [query heads], on the device."""
+        """``soft_cap``: of scores, 0 for none; ``sinks``: float32 [query heads], on the device."""
         self.worker = worker
         self.pool = open_pool
         self.scale = scale
+        self.soft_cap = soft_cap
         self.sinks = sinks
-        self._options = attend_options(0.0, sinks)
+        self._options = attend_options(soft_cap, sinks)
         self._write = lib.CudaWriteArgs(struct_size=ctypes.sizeof(lib.CudaWriteArgs))
         self._attend = lib.CudaAttendArgs(struct_size=ctypes.sizeof(lib.CudaAttendArgs))
         self._open = lib.CudaOpenArgs(struct_size=ctypes.sizeof(lib.CudaOpenArgs))
@@ -554,6 +556,7 @@ class CudaLayer:
             max_seqlen_q=longest_query,
             max_seqlen_k=longest_key,
             softmax_scale=self.scale,
+            softcap=self.soft_cap,
             causal=causal,
             out=out,
             return_softmax_lse=want_lse,

@@ -92,6 +92,7 @@ class KakeyaImpl(AttentionImpl[KakeyaMetadata]):
                 layer,
                 first_head,
                 self.scale,
+                soft_cap=self.soft_cap,
                 sinks=self.sinks,
             )
             return
