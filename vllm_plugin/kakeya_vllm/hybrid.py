@@ -62,12 +62,17 @@ def align(vllm_config: Any) -> None:
     layers = vllm_config.compilation_config.static_forward_context.values()
     ours = [layer for layer in layers if isinstance(getattr(layer, "impl", None), KakeyaImpl)]
     cache.mamba_page_size_padded = None  # or the states would say what they were padded to before
-    specs = [spec for layer in layers if (spec := _state_spec(layer, vllm_config)) is not None]
-    if not ours or not specs:
+    states = [(x, spec) for x in layers if (spec := _state_spec(x, vllm_config)) is not None]
+    if not ours or not states:
         return
     recipe = config.from_vllm(vllm_config).recipe
     page = lib.load().recipe_page_bytes(recipe, ours[0].head_size) * ours[0].num_kv_heads
-    pages = math.ceil(max(spec.page_size_bytes for spec in specs) / page)
+    pages = math.ceil(max(spec.page_size_bytes for _, spec in states) / page)
+    if cache.mamba_cache_mode == "align":
+        # A kernel may leave a state in the middle of a prompt, where its own chunks end.
+        chunks = math.lcm(lib.BLOCK_TOKENS, *(_chunk(*state) for state in states))
+        unit = chunks // lib.BLOCK_TOKENS
+        pages = math.ceil(pages / unit) * unit
     cache.block_size = pages * lib.BLOCK_TOKENS
     cache.mamba_page_size_padded = pages * page
     if cache.mamba_cache_mode == "align":  # states are kept where blocks end
@@ -79,6 +84,12 @@ def _state_spec(layer: Any, vllm_config: Any) -> Any:
     from vllm.model_executor.layers.mamba.abstract import MambaBase
 
     return layer.get_kv_cache_spec(vllm_config) if isinstance(layer, MambaBase) else None
+
+
+def _chunk(layer: Any, spec: Any) -> int:
+    """Tokens that a layer's kernel takes at a time, where blocks have to respect it."""
+    own = getattr(layer, "get_prefill_checkpoint_alignment", None)  # vLLM 0.33; the spec's is a
+    return (spec.prefill_checkpoint_alignment if own is None else own()) or 1  # block's there
 
 
 def is_state(spec: Any) -> bool:
