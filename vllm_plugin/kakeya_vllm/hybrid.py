@@ -88,8 +88,10 @@ def _state_spec(layer: Any, vllm_config: Any) -> Any:
 
 def _chunk(layer: Any, spec: Any) -> int:
     """Tokens that a layer's kernel takes at a time, where blocks have to respect it."""
-    own = getattr(layer, "get_prefill_checkpoint_alignment", None)  # vLLM 0.33; the spec's is a
-    return (spec.prefill_checkpoint_alignment if own is None else own()) or 1  # block's there
+    own = getattr(layer, "get_prefill_checkpoint_alignment", None)
+    if own is not None:  # vLLM 0.33, where the spec's own is that of a block
+        return own() or 1
+    return spec.prefill_checkpoint_alignment or 1
 
 
 def is_state(spec: Any) -> bool:
