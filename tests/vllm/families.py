@@ -51,8 +51,6 @@ THREE_TO_ONE = {
     "layer_types": [SLIDING, SLIDING, SLIDING, FULL],
     "sliding_window": mixed.WINDOW,
 }
-# Where vLLM runs a model through transformers' code, the angles are not where KAKEYA looks.
-ELSEWHERE = "a model whose rotary embedding is not beside its attention layers"
 
 
 @dataclass(frozen=True)
@@ -259,6 +257,36 @@ DENSE: dict[str, Family] = {
             tie_word_embeddings=True,
         ),
     ),
+    "gpt_neox": Family(
+        "GPT-NeoX, Pythia",
+        "vLLM's Transformers backend, a quarter of the channels rotated",
+        _of("GPTNeoXForCausalLM", "gpt_neox", rotary_pct=0.25),
+    ),
+    "olmo2": Family(
+        "OLMo 2",
+        "vLLM's Transformers backend, norms over all heads of q and k",
+        _of("Olmo2ForCausalLM", "olmo2", GQA),
+    ),
+    "seed_oss": Family(
+        "Seed-OSS",
+        "vLLM's Transformers backend, biases of q, k, v",
+        _of("SeedOssForCausalLM", "seed_oss", GQA, head_dim=64),
+    ),
+    "hunyuan": Family(
+        "Hunyuan dense",
+        "vLLM's Transformers backend, norms of q and k after the rotation",
+        _of("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", GQA, head_dim=64),
+    ),
+    "starcoder2": Family(
+        "StarCoder 2",
+        "vLLM's Transformers backend, biases",
+        _of("Starcoder2ForCausalLM", "starcoder2", GQA, use_bias=True, sliding_window=None),
+    ),
+    "phi2": Family(
+        "Phi-1.5, Phi-2",
+        "vLLM's Transformers backend, half the channels rotated",
+        _of("PhiForCausalLM", "phi", GQA, partial_rotary_factor=0.5),
+    ),
 }
 
 MIXTURES: dict[str, Family] = {
@@ -393,6 +421,11 @@ WINDOWED: dict[str, Family] = {
         "EXAONE 4",
         "windows with a rotary embedding, full layers without one",
         _of("Exaone4ForCausalLM", "exaone4", GQA, THREE_TO_ONE),
+    ),
+    "olmo3": Family(
+        "OLMo 3",
+        "vLLM's Transformers backend, windows in most layers",
+        _of("Olmo3ForCausalLM", "olmo3", GQA, THREE_TO_ONE),
     ),
 }
 
@@ -548,63 +581,12 @@ REFUSED: dict[str, Family] = {
         "head_dim 80",
         _of("StableLmForCausalLM", "stablelm", MHA, hidden_size=320, partial_rotary_factor=0.25),
         refused="head_dim 80",
-        loads=True,
-        error="KakeyaError",
-    ),
-    "gpt_neox": Family(
-        "GPT-NeoX, Pythia",
-        "vLLM's Transformers backend",
-        _of("GPTNeoXForCausalLM", "gpt_neox", rotary_pct=0.25),
-        refused=ELSEWHERE,
-        loads=True,
-    ),
-    "olmo2": Family(
-        "OLMo 2",
-        "vLLM's Transformers backend",
-        _of("Olmo2ForCausalLM", "olmo2", GQA),
-        refused=ELSEWHERE,
-        loads=True,
-    ),
-    "olmo3": Family(
-        "OLMo 3",
-        "vLLM's Transformers backend, windows",
-        _of("Olmo3ForCausalLM", "olmo3", GQA, THREE_TO_ONE),
-        refused=ELSEWHERE,
-        loads=True,
-    ),
-    "seed_oss": Family(
-        "Seed-OSS",
-        "vLLM's Transformers backend",
-        _of("SeedOssForCausalLM", "seed_oss", GQA, head_dim=64),
-        refused=ELSEWHERE,
-        loads=True,
-    ),
-    "hunyuan": Family(
-        "Hunyuan dense",
-        "vLLM's Transformers backend",
-        _of("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", GQA, head_dim=64),
-        refused=ELSEWHERE,
-        loads=True,
-    ),
-    "starcoder2": Family(
-        "StarCoder 2",
-        "vLLM's Transformers backend",
-        _of("Starcoder2ForCausalLM", "starcoder2", GQA, use_bias=True, sliding_window=None),
-        refused=ELSEWHERE,
-        loads=True,
-    ),
-    "phi2": Family(
-        "Phi-1.5, Phi-2",
-        "vLLM's Transformers backend",
-        _of("PhiForCausalLM", "phi", GQA, partial_rotary_factor=0.5),
-        refused=ELSEWHERE,
-        loads=True,
     ),
     "smollm3": Family(
         "SmolLM3",
         "vLLM's Transformers backend, layers without a rotary embedding",
         _of("SmolLM3ForCausalLM", "smollm3", GQA, no_rope_layers=[1, 0]),
-        refused=ELSEWHERE,
+        refused="models that rotate only some layers",
         loads=True,
     ),
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kakeya_vllm import rope
+from kakeya_vllm import probe, rope
 from kakeya_vllm.support import UnsupportedFeature
 from torch import nn
 
@@ -133,33 +135,226 @@ def test_longrope_is_refused() -> None:
         rope.extract(module)
 
 
+HEAD, PLACES = 64, [0, 1, 2, 5, 17, 100, 1000, 3001]
+
+
+def unturned(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Keys [samples, positions, heads, head_dim] that are the same at all positions."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(2, 1, 3, HEAD, generator=generator).to(dtype)
+    return keys.expand(-1, len(PLACES), -1, -1)
+
+
+def turned(module: Any, keys: torch.Tensor) -> torch.Tensor:
+    """What vLLM's own module makes of them."""
+    flat = keys.reshape(-1, keys.shape[-2] * HEAD)
+    places = torch.tensor(PLACES).repeat(keys.shape[0])
+    # It would round its table to the keys' type, and get_rope gives it to the next test.
+    module = copy.deepcopy(module)
+    return module.forward_native(places, flat.clone(), flat.clone())[1].reshape(keys.shape)
+
+
+def find(root: nn.Module, *layers: torch.Tensor, config: Any = CONFIG) -> rope.Rope | None:
+    """Of layers that were given these keys."""
+    found = dict(zip(names(len(layers)), layers, strict=True))
+    seen = probe.Keys(PLACES, {name: keys.double() for name, keys in found.items()})
+    return rope.of_keys(root, list(found), config, seen)
+
+
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize(
+    "parameters", [{}, LLAMA3, YARN, {"rope_type": "linear", "factor": 2.0}], ids=str
+)
+def test_keys_of_the_module_are_known(parameters: dict[str, Any], neox: bool) -> None:
+    module = make(parameters, neox=neox)
+    for dtype in (torch.bfloat16, torch.float32):
+        keys = turned(module, unturned(dtype=dtype))
+        assert find(model(module), keys) == rope.extract(module)
+
+
 def test_shared_and_equal_modules_are_one() -> None:
     module = make({})
-    assert rope.find(model(module, module), names(2), CONFIG) == rope.extract(module)
+    keys = turned(module, unturned(1)), turned(module, unturned(2))
+    assert find(model(module, module), *keys) == rope.extract(module)
 
 
 def test_layers_that_differ_are_refused() -> None:
+    first, second = make({}), make({"rope_theta": 5e5})
+    keys = turned(first, unturned()), turned(second, unturned())
     with pytest.raises(UnsupportedFeature, match="several different rotary embeddings"):
-        rope.find(model(make({}), make({"rope_theta": 5e5})), names(2), CONFIG)
+        find(model(first, second), *keys)
     # A difference in a layer that is not compressed does not matter.
-    assert rope.find(model(make({}), make({"rope_theta": 5e5})), names(1), CONFIG)
+    assert find(model(first, second), keys[0]) == rope.extract(first)
 
 
 def test_layers_without_rotation_are_refused() -> None:
-    with pytest.raises(UnsupportedFeature, match="rotate only some layers"):
-        rope.find(model(make({}), None), names(2), CONFIG)
-    skipping = SimpleNamespace(rope_parameters=ROPE, no_rope_layers=[1, 0])
-    with pytest.raises(UnsupportedFeature, match="rotate only some layers"):
-        rope.find(model(make({}), make({})), names(2), skipping)
+    module = make({})
+    keys = turned(module, unturned()), unturned()
+    for other in (None, module):
+        with pytest.raises(UnsupportedFeature, match=r"rotate only some layers \(layers.1"):
+            find(model(module, other), *keys)
+
+
+def test_a_module_that_no_layer_applies_is_none() -> None:
+    dynamic = make({"rope_type": "dynamic", "factor": 2.0})
+    assert find(model(make({}), dynamic), unturned(), unturned(1)) is None
 
 
 def test_no_rotary_at_all() -> None:
-    assert rope.find(model(None, None), names(2), SimpleNamespace()) is None
-    with pytest.raises(UnsupportedFeature, match="not beside its attention layers"):
-        rope.find(model(None, None), names(2), CONFIG)
+    assert find(model(None, None), unturned(), unturned(1), config=SimpleNamespace()) is None
+    # Learned positions: keys differ, in length too.
+    moved = unturned() + torch.randn(2, len(PLACES), 3, HEAD)
+    assert find(model(None), moved, config=SimpleNamespace()) is None
+    by_hand = turned(make({}), unturned())
+    for config, keys in ((CONFIG, moved), (CONFIG, by_hand), (SimpleNamespace(), by_hand)):
+        with pytest.raises(UnsupportedFeature, match="not beside its attention layers"):
+            find(model(None), keys, config=config)
 
 
 def test_rotary_held_further_up_is_found() -> None:
     root = model(None, None)
     root.rotary = make({})
-    assert rope.find(root, names(2), CONFIG) == rope.extract(root.rotary)
+    keys = turned(root.rotary, unturned())
+    assert find(root, keys, keys) == rope.extract(root.rotary)
+
+
+OTHERWISE = {
+    "other pairs": lambda keys: turned(make({}, neox=False), keys),
+    "another base": lambda keys: turned(make({"rope_theta": 10100.0}), keys),
+    "half of the channels": lambda keys: turned(make({"partial_rotary_factor": 0.5}), keys),
+    "other channels": lambda keys: turned(make({}), keys.flip(-1)).flip(-1),
+    "a scale by position": lambda keys: (
+        turned(make({}), keys) * (1 + torch.tensor(PLACES) / 8000)[:, None, None]
+    ),
+    "one position further": lambda keys: turned(make({}), keys).roll(-1, 1),
+}
+
+
+@pytest.mark.parametrize("otherwise", OTHERWISE)
+def test_keys_that_are_turned_otherwise_are_refused(otherwise: str) -> None:
+    keys = OTHERWISE[otherwise](unturned())
+    with pytest.raises(UnsupportedFeature, match="RotaryEmbedding: keys are not turned by its"):
+        find(model(make({})), keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        (torch.empty(0), "was given none"),
+        (torch.zeros(2, 8, 3, HEAD), "they are zero"),
+        (torch.full((2, 8, 3, HEAD), torch.nan), "they are not finite"),
+    ],
+)
+def test_keys_that_show_nothing_are_refused(keys: torch.Tensor, reason: str) -> None:
+    with pytest.raises(UnsupportedFeature, match=rf"cannot be looked at \(layers.0.*{reason}"):
+        find(model(make({})), keys)
+
+
+# --- rotary modules of transformers ----------------------------------------------------------
+
+
+def of_transformers(name: str, **more: Any) -> tuple[Any, Any]:
+    """The rotary module of a model of transformers, and its config; heads of 64 channels."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[name](
+        hidden_size=256, num_attention_heads=4, max_position_embeddings=8192, **more
+    )
+    source = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    (kind,) = (k for k in vars(source) if k.endswith("RotaryEmbedding"))
+    return getattr(source, kind)(config), config
+
+
+def applied(name: str, module: Any, keys: torch.Tensor, layer_type: str = "") -> torch.Tensor:
+    """What a model of transformers makes of keys with its own code."""
+    source = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    arguments = (keys, torch.tensor(PLACES)[None], *([layer_type] if layer_type else []))
+    cos, sin = module(*arguments)
+    part = keys[..., : cos.shape[-1]].transpose(1, 2)
+    rotated = source.apply_rotary_pos_emb(part, part, cos, sin)[1].transpose(1, 2)
+    return torch.cat((rotated, keys[..., cos.shape[-1] :]), -1)
+
+
+PARTIAL = {"rope_parameters": ROPE | {"rope_type": "default", "partial_rotary_factor": 0.25}}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "channels", "interleaved"),
+    [
+        ("llama", {}, 64, False),
+        ("llama", {"rope_parameters": ROPE | LLAMA3}, 64, False),
+        ("olmo2", {"rope_parameters": ROPE | YARN}, 64, False),
+        (
+            "starcoder2",
+            {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 2.0}},
+            64,
+            False,
+        ),
+        ("phi", PARTIAL, 16, False),
+        ("cohere", {}, 64, True),
+    ],
+)
+def test_modules_of_transformers(
+    name: str, more: dict[str, Any], channels: int, interleaved: bool
+) -> None:
+    module, config = of_transformers(name, **more)
+    root = model(None)
+    root.rotary_emb = module
+    for dtype in (torch.bfloat16, torch.float32):
+        found = find(root, applied(name, module, unturned(dtype=dtype)), config=config)
+        assert found is not None
+        assert (found.rotary_dim, found.interleaved) == (channels, interleaved)
+        assert found.inv_freq == tuple(module.inv_freq.double().tolist())
+    with pytest.raises(UnsupportedFeature, match="keys are not turned by its angles"):
+        find(root, applied(name, module, unturned()).flip(-1), config=config)
+
+
+def test_a_module_of_transformers_with_angles_for_types_of_layers() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    parameters = {kind: ROPE | {"rope_type": "default"} for kind in kinds}
+    parameters["sliding_attention"] |= {"rope_theta": 1000.0}
+    module, config = of_transformers(
+        "olmo3", num_hidden_layers=2, layer_types=kinds, rope_parameters=parameters
+    )
+    root = model(None, None)
+    root.rotary_emb = module
+    full = applied("olmo3", module, unturned(), "full_attention")
+    seen = probe.Keys(PLACES, {names(2)[1]: full.double()})
+    found = rope.of_keys(root, names(2)[1:], config, seen)
+    assert found is not None
+    assert found.inv_freq[1] == pytest.approx(10000.0 ** (-2 / 64))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "depend on the sequence length"),
+        (
+            {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 32,
+                "long_factor": [2.0] * 32,
+                "original_max_position_embeddings": 1024,
+                "factor": 8.0,
+            },
+            "longrope switches angles",
+        ),
+    ],
+)
+def test_other_kinds_of_transformers_are_refused(parameters: dict[str, Any], reason: str) -> None:
+    module, config = of_transformers("llama", rope_parameters=ROPE | parameters)
+    root = model(None)
+    root.rotary_emb = module
+    with pytest.raises(UnsupportedFeature, match=reason):
+        find(root, turned(make({}), unturned()), config=config)
+
+
+def test_a_module_of_transformers_that_answers_otherwise_is_refused() -> None:
+    module, config = of_transformers("llama")
+    root = model(None)
+    root.rotary_emb = module
+    keys = applied("llama", module, unturned())
+    original = type(module).forward
+    module.forward = lambda x, places: original(module, x, places + 1)
+    with pytest.raises(UnsupportedFeature, match="does not follow its own frequencies"):
+        find(root, keys, config=config)

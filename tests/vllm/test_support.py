@@ -11,7 +11,7 @@ from typing import Any
 
 import engines
 import pytest
-from kakeya_vllm import register, support, version
+from kakeya_vllm import lib, register, support, version
 from kakeya_vllm.config import ConfigError
 from kakeya_vllm.support import UnsupportedFeature
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cpu_only
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
-    "hidden_size": 128,
+    "hidden_size": 256,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -105,12 +105,25 @@ DEEPSEEK = {
         (WINDOW, "sliding-window attention in all layers"),
         (CHUNKED, "chunked local attention"),
         (DEEPSEEK, "MLA"),
+        ({"hidden_size": 320}, "head_dim 80 (valid: 64, 96, 128, 256)"),
     ],
 )
 def test_models_refused_by_name(tmp_path: Path, model: dict[str, Any], feature: str) -> None:
     with pytest.raises(UnsupportedFeature) as error:
         configure(tmp_path, model)
     assert feature in str(error.value)
+
+
+def test_heads_are_those_of_the_codec() -> None:
+    library = lib.load()
+
+    def has_pages(head_dim: int) -> bool:
+        try:
+            return library.recipe_page_bytes("kakeya-free-4.6x", head_dim) > 0
+        except lib.KakeyaError:
+            return False
+
+    assert tuple(filter(has_pages, range(1, 600))) == lib.HEAD_DIMS
 
 
 @pytest.mark.parametrize(

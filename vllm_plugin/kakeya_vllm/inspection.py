@@ -12,7 +12,6 @@ from typing import Any
 
 from kakeya_vllm import config, lib
 
-HEAD_DIMS = (64, 96, 128, 256)
 _BAR = 48  # characters of a whole page in the drawing
 # Statistics of an artefact: name -> what it is of.
 STATISTICS = {
@@ -61,7 +60,7 @@ def _recipe(text: str, head_dim: int) -> dict[str, Any]:
     library = lib.load()
     described = library.recipe_describe(text)
     sizes = []
-    for d in HEAD_DIMS:
+    for d in lib.HEAD_DIMS:
         page = library.recipe_page_bytes(text, d)
         raw = 4 * d * lib.BLOCK_TOKENS
         bits = 8 * page / (2 * d * lib.BLOCK_TOKENS)

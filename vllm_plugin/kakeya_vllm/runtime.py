@@ -182,7 +182,7 @@ def make_codec(model: Any, layers: list[str], vllm_config: Any, settings: Settin
     if settings.seed is not None:
         from kakeya_vllm.seed.pages import PageCodec
 
-        found = rope.find(model, layers, vllm_config.model_config.hf_text_config)
+        found = rope.find(model, layers, vllm_config)
         return PageCodec(
             settings.seed, _seed_shape(vllm_config), found, _seed_artefact(vllm_config, settings)
         )
@@ -195,7 +195,7 @@ def codec_of(
     model: Any, layers: list[str], vllm_config: Any, recipe: str, artefact: bytes | None
 ) -> Any:
     """The same from a recipe (name or JSON) and an artefact's bytes."""
-    found = rope.find(model, layers, vllm_config.model_config.hf_text_config)
+    found = rope.find(model, layers, vllm_config)
     shape = _model_shape(vllm_config) | {"rope": None if found is None else found.to_json()}
     return lib.load().codec(recipe, shape, artefact)
 

@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 from kakeya_vllm import config, hybrid, lib, register, transfer, version
-from kakeya_vllm.lib import BLOCK_TOKENS
+from kakeya_vllm.lib import BLOCK_TOKENS, HEAD_DIMS
 
 # Where drafts may come from: without a model, or from one with layers of its own. To those vLLM
 # gives a backend of its own choice, so they keep the stock cache.
@@ -71,6 +71,7 @@ def check_config(vllm_config: Any) -> None:
     features = [
         *platform(vllm_config),
         *_model_features(vllm_config.model_config),
+        *(_head_features(vllm_config.model_config) if seed is None else ()),
         *_cache_features(vllm_config, block),
         *transfer.features(
             vllm_config,
@@ -221,6 +222,14 @@ def _model_features(model: Any) -> list[str]:
     ):
         found.append("sliding-window attention in all layers")
     return found
+
+
+def _head_features(model: Any) -> list[str]:
+    """Heads that the codec has no pages for. Recipes of the seed take any."""
+    dim = model.get_head_size()
+    if model.use_mla or model.is_attention_free or dim in HEAD_DIMS:
+        return []
+    return [f"head_dim {dim} (valid: {', '.join(map(str, HEAD_DIMS))})"]
 
 
 def _cache_features(vllm_config: Any, block: int) -> list[str]:
