@@ -289,9 +289,11 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("which answers no cosines and sines", "its angles cannot be checked", ()),
         ("rotary embedding … of type …", "as for others of the kinds below",
          ("rope::other_kinds_of_transformers_are_refused",)),
+        ("another scale in short contexts", "an artefact's means would be of the other scale",
+         ("rope::longrope_with_two_scales_of_keys_is_refused",)),
         ("rotary embedding … (…)", "keys are turned back by one fixed angle a position: not so "
-         "for dynamic NTK, LongRoPE, M-RoPE and kinds that are not known",
-         ("rope::other_kinds_are_refused", "rope::longrope_is_refused",
+         "for dynamic NTK, M-RoPE and kinds that are not known",
+         ("rope::other_kinds_are_refused",
           "families::refused_by_name")),
         ("rotary embedding is not beside", "the angles that the model uses are not found",
          ("rope::no_rotary_at_all",)),

@@ -140,6 +140,7 @@ DENSE: dict[str, Family] = {
         _of("MistralForCausalLM", "mistral", GQA, head_dim=128, sliding_window=None),
     ),
     "phi3": Family("Phi-3, 4k", "head_dim 96, fused q, k, v", PHI3),
+    "phi3_longrope": Family("Phi-3, 128k", "LongRoPE", PHI3 | LONGROPE),
     "phi4": Family("Phi-4", "head_dim 128, fused q, k, v", PHI3 | GQA | {"hidden_size": 512}),
     "gemma": Family(
         "Gemma 1",
@@ -561,13 +562,6 @@ REFUSED: dict[str, Family] = {
             tie_word_embeddings=True,
         ),
         refused="layers that differ in their heads",
-    ),
-    "phi3_longrope": Family(
-        "Phi-3, 128k",
-        "LongRoPE",
-        PHI3 | LONGROPE,
-        refused="longrope switches angles by sequence length",
-        loads=True,
     ),
     "llama_dynamic": Family(
         "Llama, dynamic NTK",

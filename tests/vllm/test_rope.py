@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,11 +129,49 @@ def test_other_kinds_are_refused(parameters: dict[str, Any], reason: str) -> Non
         rope.extract(make(parameters))
 
 
-def test_longrope_is_refused() -> None:
-    module = nn.Module()
-    module.rotary_dim, module.long_short_cos_sin_cache = 64, torch.zeros(1)
-    with pytest.raises(UnsupportedFeature, match="only embeddings with fixed angles are known"):
-        rope.extract(module)
+def longrope(longest: int, **more: Any) -> Any:
+    """vLLM's module in an engine of this max_model_len."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
+
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(max_model_len=longest)
+    with set_current_vllm_config(config):
+        return Phi3LongRoPEScaledRotaryEmbedding(
+            head_size=HEAD,
+            rotary_dim=48,
+            max_position_embeddings=8192,
+            original_max_position_embeddings=1024,
+            base=10000.0,
+            is_neox_style=True,
+            dtype=torch.bfloat16,
+            short_factor=[1.0 + i / 100 for i in range(24)],
+            long_factor=[2.0 + i for i in range(24)],
+            **more,
+        )
+
+
+@pytest.mark.parametrize(("longest", "first"), [(1024, 1.0), (1025, 0.5)])
+def test_longrope_has_the_angles_of_the_engines_length(longest: int, first: float) -> None:
+    found = rope.extract(longrope(longest))
+    assert (found.rotary_dim, found.interleaved) == (48, False)
+    assert found.inv_freq[0] == first
+    assert found.mscale == pytest.approx((1 + math.log(8) / math.log(1024)) ** 0.5)
+
+
+def test_longrope_turns_keys_by_them() -> None:
+    module, keys = longrope(8192), unturned()
+    flat = keys.reshape(-1, keys.shape[-2] * HEAD)
+    places = torch.tensor(PLACES).repeat(keys.shape[0])
+    seen = module(places, flat.clone(), flat.clone())[1].reshape(keys.shape).double()
+    assert rope.extract(module).gives(seen, PLACES)
+    module.use_long_rope = False
+    assert not rope.extract(module).gives(seen, PLACES)
+
+
+def test_longrope_with_two_scales_of_keys_is_refused() -> None:
+    with pytest.raises(UnsupportedFeature, match="another scale in short contexts"):
+        rope.extract(longrope(8192, short_mscale=1.1, long_mscale=1.2))
 
 
 HEAD, PLACES = 64, [0, 1, 2, 5, 17, 100, 1000, 3001]

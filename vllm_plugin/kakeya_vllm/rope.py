@@ -159,11 +159,12 @@ def extract(module: Any) -> Rope:
     elif kind == "YaRNScalingRotaryEmbedding":
         inv_freq = module._compute_inv_freq(module.scaling_factor)
         mscale = float(module.mscale)
+    elif kind == "Phi3LongRoPEScaledRotaryEmbedding":
+        return _of_longrope(module)
     else:
         reason = {
             "DynamicNTKScalingRotaryEmbedding": "its angles depend on the sequence length",
             "DynamicNTKAlphaRotaryEmbedding": "its angles depend on the sequence length",
-            "Phi3LongRoPEScaledRotaryEmbedding": "longrope switches angles by sequence length",
             "MRotaryEmbedding": "M-RoPE has several positions a token",
         }.get(kind, "only embeddings with fixed angles are known")
         raise UnsupportedFeature([f"rotary embedding {kind} ({reason})"])
@@ -176,6 +177,31 @@ def extract(module: Any) -> Rope:
     cache = module.cos_sin_cache
     positions = _sampled(cache.shape[0])
     _verify(rope, positions, cache[positions.to(cache.device)], kind)
+    return rope
+
+
+def _of_longrope(module: Any) -> Rope:
+    """Of the two sets of angles that vLLM's module has for short and long contexts the one that
+    this engine's ``max_model_len`` chose: it uses that for sequences of all lengths."""
+    kind = type(module).__name__
+    if module.short_mscale != module.long_mscale:
+        # An artefact's means of keys would be those of the other scale.
+        raise UnsupportedFeature(
+            [f"rotary embedding {kind} (its keys have another scale in short contexts)"]
+        )
+    long, short_rows = module.use_long_rope, module.original_max_position_embeddings
+    inv_freq = module._compute_inv_freq(module.long_factor if long else module.short_factor)
+    rope = Rope(
+        rotary_dim=int(module.rotary_dim),
+        interleaved=False,  # the module refuses anything else
+        inv_freq=tuple(inv_freq.double().flatten().tolist()),
+        mscale=float(module.long_mscale),
+    )
+    # One table, that for short contexts first.
+    table = module.long_short_cos_sin_cache
+    table = table[short_rows:] if long else table[:short_rows]
+    positions = _sampled(table.shape[0])
+    _verify(rope, positions, table[positions.to(table.device)], kind)
     return rope
 
 
