@@ -99,8 +99,8 @@ def test_row_33_moments_are_those_of_queries_before_rope(artefact, llm):
                 rows = q[:, 2 * head : 2 * head + 2].reshape(-1, 128).double()
                 sums[head] += rows.T @ rows / (2 * 1024 * 3)
 
-    hf_config = llm.llm_engine.vllm_config.model_config.hf_text_config
-    rows = engine.on_model(llm, lambda model: calibration.Rows(model, hf_config))
+    vllm_config = llm.llm_engine.vllm_config
+    rows = engine.on_model(llm, lambda model: calibration.Rows(model, vllm_config))
     with rows.handed_to(add):
         for seed in (1, 2, 3):
             engine.run_prompt(llm, engines.tokens(seed, 1024))

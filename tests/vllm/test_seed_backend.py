@@ -141,7 +141,7 @@ def coder_of(made: Engine, env: dict[str, str]) -> SeedCoder:
     def rope(worker: Any) -> Any:
         module = worker.get_model()
         names = [name for name, _ in attention_layers(module)]
-        return find_rope(module, names, hf_config)
+        return find_rope(module, names, worker.vllm_config)
 
     return SeedCoder(recipe, (LAYERS, HEADS, D), made.worker(rope), torch.device("cpu"), artefact)
 
@@ -396,7 +396,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     under v1.3-ppl."""
     plain = configure(tmp_path / "model", attention_backend=None)
     path = tmp_path / "small.seed.safetensors"
-    write_artefact(path, plain.model_config.hf_text_config, 2, 2, 32)
+    write_artefact(path, plain.model_config.hf_text_config, 2, 2, 64)
     monkeypatch.setenv("KAKEYA_RECIPE", "v1.3-ppl")
     monkeypatch.setenv(calibration.VARIABLE, str(path))
     return lambda **options: configure(tmp_path / "model", **options)
@@ -446,7 +446,7 @@ def test_artefacts_of_others_are_refused(
         small()
     plain = configure(tmp_path / "model", attention_backend=None)
     wrong = tmp_path / "wrong.safetensors"
-    write_artefact(wrong, plain.model_config.hf_text_config, 3, 2, 32)
+    write_artefact(wrong, plain.model_config.hf_text_config, 3, 2, 64)
     monkeypatch.setenv(calibration.VARIABLE, str(wrong))
     with pytest.raises(ConfigError, match=r"sigma_q has shape \(3, 2, 32, 32\), expected"):
         small()

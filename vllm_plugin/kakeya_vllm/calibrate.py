@@ -263,7 +263,7 @@ class Capture:
     """Hooks on the attention layers of a model; hands q, k, v of every prompt to one pass of the
     statistics."""
 
-    def __init__(self, model, hf_config):
+    def __init__(self, model, vllm_config):
         found = engine.compressed_layers(model)
         self.numbers = [number for number, _, _ in found]  # of the layers, in the model
         self.layers = [(name, module) for _, name, module in found]
@@ -277,7 +277,7 @@ class Capture:
         (self.shape,) = shapes
         device = next(model.parameters()).device
         self.unrotate = Unrotation(
-            find(model, [name for name, _ in self.layers], hf_config), self.shape[2], device
+            find(model, [name for name, _ in self.layers], vllm_config), self.shape[2], device
         )
         self.statistics = [
             LayerStatistics(*self.shape, self.unrotate, module.impl.scale, device)
@@ -342,8 +342,8 @@ class Capture:
 
 def capture_of(llm) -> Capture:
     """Ready to collect on ``llm``, an engine of `engine.in_process_engine`."""
-    hf_config = llm.llm_engine.vllm_config.model_config.hf_text_config
-    return engine.on_model(llm, lambda model: Capture(model, hf_config))
+    vllm_config = llm.llm_engine.vllm_config
+    return engine.on_model(llm, lambda model: Capture(model, vllm_config))
 
 
 def collect(

@@ -135,13 +135,13 @@ class Rows:
     """Hooks on the attention layers that hand (layer, q, k, v) of whole passages to a function:
     float32 [tokens, heads, D], q and k before RoPE."""
 
-    def __init__(self, model: Any, hf_config: Any) -> None:
+    def __init__(self, model: Any, vllm_config: Any) -> None:
         self.layers = engine.attention_layers(model)
         names = [name for name, _ in self.layers]
         first = self.layers[0][1]
         self.shape = (len(names), first.num_kv_heads, first.head_size)
         device = next(model.parameters()).device
-        self.unrotate = Unrotation(find_rope(model, names, hf_config), first.head_size, device)
+        self.unrotate = Unrotation(find_rope(model, names, vllm_config), first.head_size, device)
         self.device = device
 
     @contextlib.contextmanager
@@ -234,8 +234,8 @@ def collect(
 
     if len(passages) < 2:
         raise SystemExit("kakeya: --for needs two passages or more: the last is held out")
-    hf_config = llm.llm_engine.vllm_config.model_config.hf_text_config
-    rows = engine.on_model(llm, lambda model: Rows(model, hf_config))
+    vllm_config = llm.llm_engine.vllm_config
+    rows = engine.on_model(llm, lambda model: Rows(model, vllm_config))
     layers, heads, dim = rows.shape
     sums = torch.zeros(layers, heads, dim, dim, dtype=torch.float64, device=rows.device)
     counted = 0

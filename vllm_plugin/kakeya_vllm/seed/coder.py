@@ -57,10 +57,11 @@ class SeedCoder:
     @classmethod
     def of_engine(cls, recipe: SeedRecipe, llm: Any, model: Any) -> SeedCoder:
         """For the model of an engine; CalibrationError if its artefact is missing or another's."""
-        config = llm.llm_engine.vllm_config.model_config
+        vllm_config = llm.llm_engine.vllm_config
+        config = vllm_config.model_config
         layers = engine.attention_layers(model)
         shape = (len(layers), layers[0][1].num_kv_heads, layers[0][1].head_size)
-        rope = find_rope(model, [name for name, _ in layers], config.hf_text_config)
+        rope = find_rope(model, [name for name, _ in layers], vllm_config)
         artefact = find_artefact(recipe, config.model, config.hf_text_config, shape)
         return cls(recipe, shape, rope, next(model.parameters()).device, artefact)
 
