@@ -123,11 +123,12 @@ def on_model(llm, function: Callable) -> Any:
 
 
 def attention_layers(model) -> list[tuple[str, Any]]:
-    """(name, module) of the decoder's attention layers in the order of the layers."""
+    """(name, module) of the decoder's attention layers in the order of the layers; names are
+    those that vLLM gave them, mostly their places in the model."""
     from vllm.model_executor.layers.attention import Attention
 
     return [
-        (name, module) for name, module in model.named_modules() if isinstance(module, Attention)
+        (module.layer_name, module) for module in model.modules() if isinstance(module, Attention)
     ]
 
 
