@@ -7,6 +7,7 @@ from typing import Any
 
 import engines
 import families
+import hybrid
 import pytest
 import torch
 from kakeya_vllm import probe, rope
@@ -80,6 +81,17 @@ def test_a_model_that_turns_its_keys_otherwise_is_refused(
     with (
         pytest.raises(UnsupportedFeature, match="keys are not turned by its angles alone"),
         engines.engine(tiny, max_model_len=1024, **OPTIONS),
+    ):
+        pass
+
+
+def test_keys_that_vllm_turns_wrongly_are_noticed(tmp_path: Path) -> None:
+    """LFM2 hands [tokens, heads, channels] to vLLM's rotary kernel for the CPU (0.32), which takes
+    heads for tokens: keys are turned by positions of others."""
+    model = hybrid.make(tmp_path / "lfm2", "lfm2")
+    with (
+        pytest.raises(UnsupportedFeature, match="keys are not turned by its angles alone"),
+        engines.engine(model, skip_tokenizer_init=True, dtype="float32"),
     ):
         pass
 

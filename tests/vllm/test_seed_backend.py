@@ -448,7 +448,7 @@ def test_artefacts_of_others_are_refused(
     wrong = tmp_path / "wrong.safetensors"
     write_artefact(wrong, plain.model_config.hf_text_config, 3, 2, 64)
     monkeypatch.setenv(calibration.VARIABLE, str(wrong))
-    with pytest.raises(ConfigError, match=r"sigma_q has shape \(3, 2, 32, 32\), expected"):
+    with pytest.raises(ConfigError, match=r"sigma_q has shape \(3, 2, 64, 64\), expected"):
         small()
     # That of KAKEYA's own recipes is another setting.
     monkeypatch.delenv(calibration.VARIABLE)
