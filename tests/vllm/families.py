@@ -452,6 +452,13 @@ HYBRID: dict[str, Family] = {
         hybrid.COMMON | hybrid.MODELS["falcon_h1"],
         options=NO_CACHING,
     ),
+    "lfm2": Family(
+        "LFM 2",
+        "short convolutions beside attention; vLLM 0.32 turns its keys wrongly on the CPU",
+        hybrid.COMMON | hybrid.MODELS["lfm2"],
+        refused="keys are not turned by its angles alone",
+        loads=True,
+    ),
 }
 
 REFUSED: dict[str, Family] = {

@@ -25,8 +25,7 @@ MAMBA2 = {  # a state of 4 heads x 64 x 32, a convolution over 4 tokens
     "mamba_chunk_size": 64,
 }
 MODELS: dict[str, dict[str, Any]] = {
-    # Short convolutions: a state of two tokens, smaller than a page. Prompts only: what vLLM's
-    # convolution for the CPU decodes is not what it reads, with any cache.
+    # Short convolutions. vLLM's CPU kernels turn its keys wrongly (test_probe.py).
     "lfm2": {
         "architectures": ["Lfm2ForCausalLM"],
         "model_type": "lfm2",

@@ -29,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return functools.cache(lambda name: hybrid.make(root / name, name))
 
 
-@pytest.mark.parametrize("name", list(hybrid.MODELS))
+@pytest.mark.parametrize("name", ["qwen3_next", "granite", "falcon_h1"])
 def test_attention_is_compressed_and_states_stay(models: Any, name: str) -> None:
     """What a model says of prompts moves by what the recipe loses, and less with more bits. The
     verifier compares seals and outputs with references."""
@@ -51,7 +51,7 @@ def test_attention_is_compressed_and_states_stay(models: Any, name: str) -> None
     for state in states:  # the fewest pages that it fits into
         assert state["bytes"] == pages * page
         assert (pages - 1) * page < state["used"] <= pages * page
-    assert pages > 1 or name == "lfm2"
+    assert pages > 1
 
 
 def test_requests_together_equal_each_alone(models: Any) -> None:
