@@ -66,4 +66,4 @@ format: setup
 
 clean:
 	cargo clean
-	rm -rf dist demo.json .cache/stamps .cache/capi* .cache/models .cache/kakeya
+	rm -rf dist demo.json .cache/stamps .cache/capi* .cache/emulated .cache/models .cache/kakeya

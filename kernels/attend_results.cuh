@@ -106,9 +106,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::merge(const AttendCursor &c, int item,
   const uint32_t flag = shared + M::kFlag;
   if (thread == 0) {
     int *counter = p.counters + (int64_t(blockIdx.y) * p.num_seqs * p.num_kv_heads + item);
-    int before;
-    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    const bool done = before == last - first;
+    const bool done = add_acquire_release(counter, 1) == last - first;
     if (done) *counter = 0;
     sts_u32(flag, done);
   }

@@ -36,7 +36,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::run() {
 #if KAKEYA_BULK
   if (thread == 0) {
     for (int i = 0; i < stages; ++i) barrier_init(shared + M::kBarriers + 8 * i, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_made();
     fetch_begin();
     for (int i = 0; i + 1 < stages; ++i) fetch_page();
   }

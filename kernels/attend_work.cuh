@@ -97,7 +97,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_page() {
     }
   }
 #if !KAKEYA_BULK
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  end_copy_group();
 #endif
 }
 
@@ -105,19 +105,19 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_page() {
 template <int D, int Q, int ROWS, bool CAPPED>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::copy_async(uint32_t dst, const void *src, uint32_t bytes) const {
   for (uint32_t i = 16 * thread; i < bytes; i += 16 * S::kThreads)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst + i), "l"(static_cast<const uint8_t *>(src) + i)
-                 : "memory");
+    copy16_async(dst + i, static_cast<const uint8_t *>(src) + i);
 }
 #endif
 
 // Waits until a page is there. Before sm_90 a barrier must follow.
 template <int D, int Q, int ROWS, bool CAPPED>
-KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::await_page(int stage, uint32_t parity) const {
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::await_page([[maybe_unused]] int stage,
+                                                     [[maybe_unused]] uint32_t parity) const {
 #if KAKEYA_BULK
   barrier_wait(shared + M::kBarriers + 8 * stage, parity);
 #else
   // Groups complete in order; those after the next page's may still be under way. There are three stages at least.
-  asm volatile("cp.async.wait_group 1;" ::: "memory");
+  await_copies_but_last_group();
 #endif
 }
 

@@ -1,12 +1,17 @@
-// Instructions that C++ has no name for, and small helpers around them. Device code only.
+// Instructions that C++ has no name for, and small helpers around them. Device code only; with KAKEYA_EMULATED
+// tests/emulated writes them out in C++.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-namespace kakeya {
-
 #define KAKEYA_D __device__ __forceinline__
+
+#ifdef KAKEYA_EMULATED
+#include "emulated_instructions.h"
+#else
+
+namespace kakeya {
 
 KAKEYA_D uint32_t shared_address(const void *p) {
   return uint32_t(__cvta_generic_to_shared(p));
@@ -36,9 +41,6 @@ KAKEYA_D uint4 lds_u128(uint32_t a) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
   return v;
 }
-KAKEYA_D float lds_f32(uint32_t a) {
-  return __uint_as_float(lds_u32(a));
-}
 KAKEYA_D void sts_u16(uint32_t a, uint32_t x) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(a), "h"(uint16_t(x)) : "memory");
 }
@@ -48,39 +50,11 @@ KAKEYA_D void sts_u32(uint32_t a, uint32_t x) {
 KAKEYA_D void sts_u64(uint32_t a, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(a), "r"(x), "r"(y) : "memory");
 }
-KAKEYA_D void sts_f32(uint32_t a, float x) {
-  sts_u32(a, __float_as_uint(x));
-}
 KAKEYA_D void sts_f32x2(uint32_t a, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(a), "f"(x), "f"(y) : "memory");
 }
-
-// N floats of a lane: 2, or a multiple of 4 at a multiple of 16 bytes.
-template <int N>
-KAKEYA_D void store_floats(uint32_t a, const float *x) {
-  if constexpr (N == 2) {
-    sts_f32x2(a, x[0], x[1]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i += 4)
-      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(a + 4 * i), "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]),
-                   "f"(x[i + 3])
-                   : "memory");
-  }
-}
-template <int N>
-KAKEYA_D void add_floats(uint32_t a, float *x) {
-  if constexpr (N == 2) {
-    const uint2 v = lds_u64(a);
-    x[0] += __uint_as_float(v.x), x[1] += __uint_as_float(v.y);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const uint4 v = lds_u128(a + 4 * i);
-      x[i] += __uint_as_float(v.x), x[i + 1] += __uint_as_float(v.y);
-      x[i + 2] += __uint_as_float(v.z), x[i + 3] += __uint_as_float(v.w);
-    }
-  }
+KAKEYA_D void sts_f32x4(uint32_t a, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(a), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 
 KAKEYA_D void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -93,10 +67,7 @@ KAKEYA_D void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(b0));
 }
-// Product in the elements' own type.
-KAKEYA_D void mma_element(bool f16, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                          uint32_t b1) {
-  if (f16) return mma(c, a0, a1, a2, a3, b0, b1);
+KAKEYA_D void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -116,9 +87,6 @@ KAKEYA_D uint32_t pack_bf16(float lo, float hi) {
   const __nv_bfloat162 h = __floats2bfloat162_rn(lo, hi);
   return *reinterpret_cast<const uint32_t *>(&h);
 }
-KAKEYA_D float clamp_half(float x) {
-  return fminf(fmaxf(x, -kHalfMax), kHalfMax);
-}
 // The same value, of which the compiler knows nothing: it keeps it instead of computing it again and again.
 KAKEYA_D uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
@@ -130,8 +98,11 @@ KAKEYA_D int lane_index() {
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));
   return int(x);
 }
-KAKEYA_D float power2(int e) {
-  return __int_as_float((127 + e) << 23);
+// Adds to a counter; what this thread has seen is seen by whom the sum reaches. Returns what it was.
+KAKEYA_D int add_acquire_release(int *counter, int x) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(x) : "memory");
+  return before;
 }
 
 // Transfers of a page to shared memory. From sm_90 on one instruction of one thread, completed by a barrier object;
@@ -142,10 +113,14 @@ KAKEYA_D float power2(int e) {
 #define KAKEYA_BULK 0
 #endif
 
+#if KAKEYA_BULK
 KAKEYA_D void barrier_init(uint32_t bar, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
 }
-#if KAKEYA_BULK
+// Transfers may use the barrier objects that this thread has made.
+KAKEYA_D void barriers_made() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 KAKEYA_D void barrier_wait(uint32_t bar, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred p;\nAGAIN:\n"
@@ -167,6 +142,69 @@ KAKEYA_D void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t 
       "l"(src), "r"(bytes), "r"(bar), "l"(policy)
       : "memory");
 }
+#else
+KAKEYA_D void copy16_async(uint32_t dst, const void *src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+// Copies since the last call are a group.
+KAKEYA_D void end_copy_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for this thread's groups but the last one.
+KAKEYA_D void await_copies_but_last_group() {
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
 #endif
+
+}  // namespace kakeya
+
+#endif  // KAKEYA_EMULATED
+
+namespace kakeya {
+
+KAKEYA_D float lds_f32(uint32_t a) {
+  return __uint_as_float(lds_u32(a));
+}
+KAKEYA_D void sts_f32(uint32_t a, float x) {
+  sts_u32(a, __float_as_uint(x));
+}
+
+// N floats of a lane: 2, or a multiple of 4 at a multiple of 16 bytes.
+template <int N>
+KAKEYA_D void store_floats(uint32_t a, const float *x) {
+  if constexpr (N == 2) {
+    sts_f32x2(a, x[0], x[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) sts_f32x4(a + 4 * i, x[i], x[i + 1], x[i + 2], x[i + 3]);
+  }
+}
+template <int N>
+KAKEYA_D void add_floats(uint32_t a, float *x) {
+  if constexpr (N == 2) {
+    const uint2 v = lds_u64(a);
+    x[0] += __uint_as_float(v.x), x[1] += __uint_as_float(v.y);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const uint4 v = lds_u128(a + 4 * i);
+      x[i] += __uint_as_float(v.x), x[i + 1] += __uint_as_float(v.y);
+      x[i + 2] += __uint_as_float(v.z), x[i + 3] += __uint_as_float(v.w);
+    }
+  }
+}
+
+// Product in the elements' own type.
+KAKEYA_D void mma_element(bool f16, float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                          uint32_t b1) {
+  if (f16) return mma(c, a0, a1, a2, a3, b0, b1);
+  mma_bf16(c, a0, a1, a2, a3, b0, b1);
+}
+KAKEYA_D float clamp_half(float x) {
+  return fminf(fmaxf(x, -kHalfMax), kHalfMax);
+}
+KAKEYA_D float power2(int e) {
+  return __int_as_float((127 + e) << 23);
+}
 
 }  // namespace kakeya

@@ -8,8 +8,8 @@
 #include "params.cuh"
 #include "seal.cuh"
 
-// Clusters came with compute capability 9.0.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Clusters came with compute capability 9.0; there are none where threads are emulated (tests/emulated).
+#if !defined(KAKEYA_EMULATED) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
 #define KAKEYA_CLUSTERS 1
 #define KAKEYA_PAIRED __cluster_dims__(2, 1, 1)
 #else
@@ -76,6 +76,12 @@ __device__ __forceinline__ Source<T> source(const SealParams &p, int index, cons
   return s;
 }
 
+__device__ __forceinline__ void prefetch_line([[maybe_unused]] const void *p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // Brings rows near while something else is done.
 template <typename T, int D>
 __device__ __forceinline__ void prefetch(const Rows<T> &rows) {
@@ -83,7 +89,7 @@ __device__ __forceinline__ void prefetch(const Rows<T> &rows) {
   if (!rows.first) return;
   KAKEYA_ROLLED
   for (int e = int(threadIdx.x); e < kBlock * lines; e += kSealThreads)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(rows.first + e / lines * rows.stride + e % lines * 64));
+    prefetch_line(rows.first + e / lines * rows.stride + e % lines * 64);
 }
 
 // Two thread blocks that seal the same (task, head): keys and values. In a cluster they tell each other what they
@@ -203,7 +209,7 @@ __device__ __forceinline__ void seal_stream(const SealParams &p, int tasks, Seal
 template <typename T>
 __device__ __forceinline__ void seal(const SealParams &p) {
   extern __shared__ __align__(16) uint8_t shared[];
-  __shared__ Message inbox[2];
+  [[maybe_unused]] __shared__ Message inbox[2];
   let_next_begin();
   await_previous();  // open blocks
   const int tasks = p.plan[0];

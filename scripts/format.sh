@@ -6,5 +6,5 @@ cd "$ROOT"
 cargo fmt --all
 "$VENV/bin/ruff" check --fix .
 "$VENV/bin/ruff" format .
-find csrc kernels tests/capi tests/gpu \( -name '*.[ch]' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -not -name kakeya.h -print0 |
+find csrc kernels tests/capi tests/emulated tests/gpu \( -name '*.[ch]' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -not -name kakeya.h -print0 |
     xargs -0 "$VENV/bin/clang-format" -i

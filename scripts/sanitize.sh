@@ -10,6 +10,7 @@
 #   capi      C and C++ tests compiled with AddressSanitizer and UndefinedBehaviorSanitizer
 #   asan      Rust tests, bridge to the device code included, with AddressSanitizer (nightly); C tests against that library
 #   bridge    device code compiled for the host with UndefinedBehaviorSanitizer
+#   emulated  CUDA kernels, their threads emulated (tests/emulated), with AddressSanitizer and UndefinedBehaviorSanitizer
 #   tsan      Rust tests with ThreadSanitizer (nightly with rust-src). Not helgrind: it knows locks, and takes the atomics of a
 #             lock-free queue (rayon's) for races
 #   miri      unit tests of the Rust crates (nightly with miri); KAKEYA_MIRI=all: slow ones and tests/memory.rs too, hours
@@ -81,6 +82,8 @@ part_bridge() {
         cargo test --locked --quiet -p kakeya-bridge --tests
 }
 
+part_emulated() { scripts/emulated.sh sanitize; }
+
 part_tsan() {
     nightly && component rust-src || { skip tsan "no nightly toolchain with rust-src: the standard library must be instrumented too"; return; }
     export RUSTFLAGS=-Zsanitizer=thread CARGO_TARGET_DIR=$ROOT/target/tsan
@@ -130,7 +133,7 @@ part_short() {
     part_valgrind seal_open
 }
 
-for part in ${@:-abort capi asan bridge tsan miri valgrind}; do
+for part in ${@:-abort capi asan bridge emulated tsan miri valgrind}; do
     declare -F "part_$part" >/dev/null || die "$part: see the top of $0"
     started=$SECONDS
     say "sanitize: $part"

@@ -17,7 +17,7 @@ part() {
     durations+=("$(printf '%6d s  %s' $((SECONDS - start)) "$name")")
 }
 
-c_sources() { find csrc kernels tests/capi tests/gpu \( -name '*.[ch]' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -not -name kakeya.h | sort; }
+c_sources() { find csrc kernels tests/capi tests/emulated tests/gpu \( -name '*.[ch]' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -not -name kakeya.h | sort; }
 
 clang_format() { c_sources | xargs "$VENV/bin/clang-format" --dry-run --Werror; }
 
@@ -66,6 +66,7 @@ if [[ ${1:-} != lint ]]; then
     # The Rust tests compare the header too; this says what changed.
     part "C header" scripts/header.sh
     part "ctest" capi_tests
+    part "CUDA kernels, emulated" scripts/emulated.sh
     # `make sanitize` runs the parts that take longer.
     part "panic=abort, sanitizers, valgrind" scripts/sanitize.sh short
     part "pytest, tools" "$PY" -m pytest tests/python

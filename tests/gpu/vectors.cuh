@@ -82,33 +82,29 @@ struct Vectors {
   }
 };
 
+template <typename P>
+void launch(void (*kernel)(P), const P &params, dim3 grid, int threads, size_t shared, cudaStream_t stream) {
+  P p = params;
+  void *args[] = {&p};
+  if (shared) CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  CUDA(cudaLaunchKernel(kernel, grid, dim3(threads), args, shared, stream));
+}
+
 inline void launch_plan(const kakeya::PlanParams &p, cudaStream_t stream = nullptr) {
-  kakeya::kakeya_plan<<<1, kakeya::kPlanThreads, 0, stream>>>(p);
-  CUDA(cudaGetLastError());
+  launch(kakeya::kakeya_plan, p, dim3(1), kakeya::kPlanThreads, 0, stream);
 }
 
 inline void launch_append(const kakeya::AppendParams &p, bool f16, cudaStream_t stream = nullptr) {
-  const int grid = 132;
-  if (f16)
-    kakeya::kakeya_append_f16<<<grid, kakeya::kAppendThreads, 0, stream>>>(p);
-  else
-    kakeya::kakeya_append_bf16<<<grid, kakeya::kAppendThreads, 0, stream>>>(p);
-  CUDA(cudaGetLastError());
+  launch(f16 ? kakeya::kakeya_append_f16 : kakeya::kakeya_append_bf16, p, dim3(132), kakeya::kAppendThreads, 0, stream);
 }
 
 // `blocks`: thread blocks of the grid, even.
 inline void launch_seal(const kakeya::SealParams &p, int head_dim, int blocks, cudaStream_t stream = nullptr) {
-  const auto kernel = p.element == kakeya::kF16 ? kakeya::kakeya_seal_f16 : kakeya::kakeya_seal_bf16;
-  const size_t shared = kakeya::seal_shared_bytes(head_dim);
-  CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  kernel<<<blocks, kakeya::kSealThreads, shared, stream>>>(p);
-  CUDA(cudaGetLastError());
+  launch(p.element == kakeya::kF16 ? kakeya::kakeya_seal_f16 : kakeya::kakeya_seal_bf16, p, dim3(blocks),
+         kakeya::kSealThreads, kakeya::seal_shared_bytes(head_dim), stream);
 }
 
 inline void launch_open(const kakeya::OpenParams &p, int head_dim, cudaStream_t stream = nullptr) {
-  const auto kernel = p.element == kakeya::kF16 ? kakeya::kakeya_open_f16 : kakeya::kakeya_open_bf16;
-  const size_t shared = kakeya::open_shared_bytes(head_dim);
-  CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  kernel<<<dim3(p.num_blocks, p.num_kv_heads, 2), kakeya::kSealThreads, shared, stream>>>(p);
-  CUDA(cudaGetLastError());
+  launch(p.element == kakeya::kF16 ? kakeya::kakeya_open_f16 : kakeya::kakeya_open_bf16, p,
+         dim3(p.num_blocks, p.num_kv_heads, 2), kakeya::kSealThreads, kakeya::open_shared_bytes(head_dim), stream);
 }

@@ -26,7 +26,7 @@ fn main() -> std::io::Result<()> {
         (96, 48, vec![uniform]),
         (128, 128, vec![trellis, uniform, lloyd, "kakeya-free-4.6x-trellis", "kakeya-6.4x", "kakeya-4.0x"]),
         (128, 64, vec![uniform]), // partial rotary embedding
-        (256, 256, vec![trellis, uniform]),
+        (256, 256, vec![trellis, uniform, lloyd]),
     ] {
         for name in names {
             let mut shape = common::shape(d, false, rotary);
