@@ -453,7 +453,11 @@ static bool check_and_print(const File &f, const Batch &b, double &worst) {
   for (const Sequence &s : b.sequences) longest = std::max(longest, s.len);
   printf("%s %-32s group %2d tokens %d length %d", ok ? "ok  " : "FAIL", f.name.c_str(), b.group, b.tokens(), longest);
   if (b.cap > 0) printf(", soft cap %g", double(b.cap));
-  printf("%s%s: %.2e\n", b.sinks ? ", sinks" : "", b.invariant ? ", batch invariant" : "", e);
+  printf("%s%s: ", b.sinks ? ", sinks" : "", b.invariant ? ", batch invariant" : "");
+  if (e >= 0)
+    printf("%.2e\n", e);
+  else
+    printf("%s\n", e == -1 ? "counters are not zero" : e == -2 ? "two launches differ" : "not a number");
   fflush(stdout);
   return ok;
 }
