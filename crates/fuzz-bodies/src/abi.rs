@@ -37,8 +37,22 @@ const TEXT: usize = 440 << 10;
 const PAGES: usize = 448 << 10;
 const OPEN_BLOCKS: usize = 592 << 10;
 
-const PARTS: [usize; 14] =
-    [K, V, Q, OUT, LSE, SLOT_MAPPING, POSITIONS, QUERY_START, SEQ_LENS, BLOCK_TABLE, OPEN_SLOT, SINKS, TEXT, PAGES];
+const PARTS: [usize; 14] = [
+    K,
+    V,
+    Q,
+    OUT,
+    LSE,
+    SLOT_MAPPING,
+    POSITIONS,
+    QUERY_START,
+    SEQ_LENS,
+    BLOCK_TABLE,
+    OPEN_SLOT,
+    SINKS,
+    TEXT,
+    PAGES,
+];
 
 /// Calls of an input at most.
 const CALLS: usize = 12;
@@ -673,10 +687,13 @@ impl Caller {
             },
             sinks: self.pointer(source, SINKS).cast::<f32>(),
         };
-        let given: *const kakeya_attend_options = if source.u8() == 255 { null_mut() } else { &raw const options };
+        let given: *const kakeya_attend_options =
+            if source.u8() == 255 { null_mut() } else { &raw const options };
         if self.exists(&[array(options.sinks.cast(), q_heads as usize, 4)]) {
             // SAFETY: as above, and the options are NULL or of this frame.
-            self.call("kakeya_attend_with", &[out, lse], || unsafe { kakeya_attend_with(codec, &args, given) });
+            self.call("kakeya_attend_with", &[out, lse], || unsafe {
+                kakeya_attend_with(codec, &args, given)
+            });
         }
     }
 }
