@@ -233,6 +233,7 @@ FEATURES = (
         (
             "hybrid::requests_together_equal_each_alone",
             "hybrid::prefix_hits_give_the_same",
+            "hybrid::two_ranks_in_processes_of_their_own",
         ),
         gpu_words="refused",
     ),

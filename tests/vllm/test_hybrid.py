@@ -103,6 +103,31 @@ def test_prefix_hits_give_the_same(models: Any) -> None:
         assert [run[name] for run in found["first"]] == [run[name] for run in found["second"]]
 
 
+def test_two_ranks_in_processes_of_their_own(models: Any) -> None:
+    """Spawned engine and workers: all agree on a block, and half of the heads and of the states on
+    each rank say what one process says."""
+    options = mixed.OPTIONS | {"dtype": "float32", "enable_prefix_caching": False}
+    with engines.engine(models("granite"), hybrid.CHECKED, **options) as engine:
+        expected = engine.run(mixed.prompts(), 16)
+    spawned = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        # The workers share this machine's cores; vLLM would otherwise want a NUMA node each.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    two = engines.run_elsewhere(
+        models("granite"),
+        mixed.prompts(),
+        16,
+        env=hybrid.CHECKED | spawned,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        **options,
+    )
+    for run, one in zip(two["runs"], expected, strict=True):
+        engines.assert_same_run(run, one, 0.05)
+
+
 @pytest.mark.parametrize("name", ["granite", "falcon_h1"])  # the latter's names are no places
 @pytest.mark.usefixtures("own_environment")  # the calibration's engine sets variables
 def test_a_calibration_has_the_attention_layers(
