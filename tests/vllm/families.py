@@ -12,7 +12,6 @@ have made.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -617,33 +616,11 @@ _SHARPENED = (
 
 
 def make(directory: Path, about: dict[str, Any], *, weights: bool = True) -> Path:
-    """A random instance of a config, as transformers initialises and saves it, with weights scaled
-    so that attention matters and logits are not nearly equal. Without ``weights`` only its config.
-    """
+    """A random instance of a config, with biases. Without ``weights`` only its config."""
+    if weights:
+        return mixed.instance(directory, about, sharpened=_SHARPENED, bias=0.2)
     directory.mkdir(parents=True, exist_ok=True)
-    # What the architecture is made from, not what transformers writes of it.
-    text = json.dumps(about, indent=1)
-    (directory / "config.json").write_text(text)
-    if not weights:
-        return directory
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for key, weight in model.named_parameters():
-            if "sinks" in key:
-                weight.copy_(torch.randn(weight.shape, generator=generator))
-            elif weight.dim() >= 2:
-                gain = 3.0 if any(part in key for part in _SHARPENED) else 1.0
-                size = weight.shape[-1] ** -0.5
-                weight.copy_(torch.randn(weight.shape, generator=generator) * gain * size)
-            elif key.endswith("bias"):
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
-    model.save_pretrained(directory)
-    (directory / "config.json").write_text(text)
+    (directory / "config.json").write_text(json.dumps(about, indent=1))
     return directory
 
 
@@ -799,12 +776,6 @@ def main() -> None:
     os._exit(0)
 
 
-def apart(first: list[list[float]], second: list[list[float]]) -> float:
-    """Root mean square difference of log-probabilities."""
-    pairs = [(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)]
-    return math.sqrt(sum((a - b) ** 2 for a, b in pairs) / len(pairs))
-
-
 def summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """What docs/support.json keeps of a family, from what was measured of it."""
     family = FAMILIES[name]
@@ -819,7 +790,7 @@ def summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
         for prefix in ("KAKEYA does not support: ", "KAKEYA_ERR_UNSUPPORTED: not supported: "):
             reason = reason.removeprefix(prefix)
         return kept | {"refused": reason, "loads": family.loads}
-    moved = {ratio: float(f"{apart(found[ratio], found['stock']):.2g}") for ratio in RATIOS}
+    moved = {ratio: float(f"{mixed.apart(found[ratio], found['stock']):.2g}") for ratio in RATIOS}
     names = ("recipe", "compressed", "layers", "heads", "head_dim", "gpu")
     return kept | {"ratio": round(found["ratio"], 2), "moved": moved} | {n: found[n] for n in names}
 

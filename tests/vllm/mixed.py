@@ -88,9 +88,17 @@ def make(directory: Path, name: str) -> Path:
     return instance(directory, COMMON | MODELS[name])
 
 
-def instance(directory: Path, about: dict[str, Any]) -> Path:
+def instance(
+    directory: Path,
+    about: dict[str, Any],
+    *,
+    sharpened: tuple[str, ...] = ("q_proj", "k_proj", "o_proj"),
+    bias: float = 0.0,
+) -> Path:
     """A random model with this config.json, as transformers initialises and saves it, with weights
-    scaled so that attention matters and logits are not nearly equal."""
+    scaled so that attention matters and logits are not nearly equal. ``sharpened``: parts of the
+    names of weights that decide where attention looks; ``bias``: size of biases, 0 to leave them.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,9 +113,11 @@ def instance(directory: Path, about: dict[str, Any]) -> Path:
             if "sinks" in key:
                 weight.copy_(torch.randn(weight.shape, generator=generator))
             elif weight.dim() >= 2:
-                gain = 3.0 if any(part in key for part in ("q_proj", "k_proj", "o_proj")) else 1.0
+                gain = 3.0 if any(part in key for part in sharpened) else 1.0
                 size = weight.shape[-1] ** -0.5
                 weight.copy_(torch.randn(weight.shape, generator=generator) * gain * size)
+            elif bias and key.endswith("bias"):
+                weight.copy_(torch.randn(weight.shape, generator=generator) * bias)
     model.save_pretrained(directory)
     # What the architecture was made from, not what transformers writes of it.
     (directory / "config.json").write_text(json.dumps(about, indent=1))

@@ -14,6 +14,7 @@ from typing import Any
 
 import engines
 import families
+import mixed
 import pytest
 from families import FAMILIES
 from kakeya_vllm import lib, version
@@ -47,7 +48,7 @@ def test_it_loses_what_the_recipe_loses(measured: Any, name: str) -> None:
     """What a model says of prompts moves, and less with more bits; every layer that grows with the
     context is compressed; KAKEYA_VERIFY held seals and outputs against references."""
     entry = found(measured, name)
-    moved = {ratio: families.apart(entry[ratio], entry["stock"]) for ratio in families.RATIOS}
+    moved = {ratio: mixed.apart(entry[ratio], entry["stock"]) for ratio in families.RATIOS}
     assert 0 < 2 * moved["2.7x"] < moved["6.4x"]
     kinds = FAMILIES[name].about.get("layer_types") or [families.FULL] * entry["layers"]
     growing = (families.FULL, "attention")
