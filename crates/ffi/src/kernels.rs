@@ -321,10 +321,11 @@ impl Attend {
         kinds.retain(|kind| kind.head_dim as usize == shape.head_dim);
         kinds.sort_by_key(|kind| kind.rows);
         // The kernels for different numbers of rows add up in different orders: one for all of them.
-        let fits = |kind: &&AttendInfo| kind.rows >= needed && !limits.batch_invariant;
-        let (Some(kind), Some(most)) = (kinds.iter().find(fits).or(kinds.last()), kinds.last()) else {
+        let fits = |kind: &AttendInfo| kind.rows >= needed && !limits.batch_invariant;
+        let Some(most) = kinds.last() else {
             return refuse!(KAKEYA_ERR_NO_KERNELS, "no attention kernel for head_dim {}", shape.head_dim);
         };
+        let wanted = kinds.iter().position(fits).unwrap_or(kinds.len() - 1);
         let quantizer = match codec.recipe().quantizer {
             Quantizer::Uniform => "uniform",
             Quantizer::LloydMax => "cubic",
@@ -333,16 +334,23 @@ impl Attend {
         check_read_ahead(codec)?;
         let name = |rows| format!("kakeya_attend_d{}_{quantizer}_r{rows}", shape.head_dim);
         let bytes = codec.page_bytes();
-        let plain = AttendKernel::new(device, &name(kind.rows), kind, needed, bytes)?;
-        // There is one for the largest number of rows. Where the plain kernel has fewer, one pass holds all rows that there
-        // are: the passes are as many, and partial results need room for no more rows than the plain kernel's.
+        // Large pages may leave no shared memory for so many rows: then fewer, in more passes.
+        let attempt = |kind: &AttendInfo| {
+            AttendKernel::new(device, &name(kind.rows), kind, needed, bytes).map(|kernel| (kernel, kind.rows))
+        };
+        let first = attempt(&kinds[wanted]);
+        let (plain, rows) =
+            kinds[..wanted].iter().rev().fold(first, |found, kind| found.or_else(|_| attempt(kind)))?;
+        // There is one for the largest number of rows. Where the plain kernel was made for fewer, one pass holds all rows that
+        // there are: the passes are as many, and partial results need room for no more rows than the plain kernel's. Where
+        // the plain kernel has fewer for want of shared memory, this one does not fit either.
         let mut capped =
             AttendKernel::new(device, &format!("{}_capped", name(most.rows)), most, needed, bytes);
         if let Ok(capped) = &mut capped {
             capped.grid[0] = capped.grid[0].min(plain.grid[0]);
-            capped.more.push(kind.rows);
+            capped.more.push(rows);
         }
-        Ok(Self { plain, capped, rows: kind.rows })
+        Ok(Self { plain, capped, rows })
     }
 
     /// The kernel for a soft cap of scores, 0: none.
