@@ -46,9 +46,16 @@ class Model:
     """Shapes of a model, and keys and values like its own."""
 
     def __init__(
-        self, dim: int, heads: int, group: int, longest: int, device: torch.device
+        self,
+        dim: int,
+        heads: int,
+        group: int,
+        longest: int,
+        device: torch.device,
+        soft_cap: float = 0.0,
     ) -> None:
         self.dim, self.heads, self.group, self.device = dim, heads, group, device
+        self.soft_cap = soft_cap
         self.scale = dim**-0.5
         self.longest = longest
         self.statistics = common.Statistics(LAYERS, heads, dim)
@@ -120,7 +127,9 @@ class Cache:
         self.layers = []
         for i in range(copies):
             pool = torch.zeros(batch + 1, 2, heads, BLOCK, dim, dtype=torch.bfloat16, device=device)
-            layer = cuda.CudaLayer(self.worker, pool, i % LAYERS, 0, model.scale)
+            layer = cuda.CudaLayer(
+                self.worker, pool, i % LAYERS, 0, model.scale, soft_cap=model.soft_cap
+            )
             self.layers.append(layer)
         self.planner = cuda.Planner(self.worker)
         for sequence in range(batch):
@@ -157,7 +166,7 @@ class Cache:
         key, value = self._opened(sequence, dtype)
         key = torch.cat((key, self.tokens[0][sequence : sequence + 1].to(dtype)))
         value = torch.cat((value, self.tokens[1][sequence : sequence + 1].to(dtype)))
-        want = attention(self.query[sequence], key, value, self.model.scale)
+        want = attention(self.model, self.query[sequence], key, value)
         return relative(self.out[sequence], want)
 
     def _opened(self, sequence: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,12 +243,14 @@ def plan(
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    model: Model, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
     """Float32: query [heads, D] over key, value [tokens, KV heads, D]."""
     heads, dim = query.shape
     grouped = query.float().view(key.shape[1], heads // key.shape[1], dim)
-    scores = torch.einsum("hgd,thd->hgt", grouped, key.float()) * scale
+    scores = torch.einsum("hgd,thd->hgt", grouped, key.float()) * model.scale
+    if model.soft_cap:
+        scores = model.soft_cap * (scores / model.soft_cap).tanh()
     return torch.einsum("hgt,thd->hgd", scores.softmax(-1), value.float()).reshape(heads, dim)
 
 
@@ -339,6 +350,7 @@ def flash_us(model: Model, batch: int, context: int, block: int) -> float:
             page_size=block,
             causal=True,
             window_size=(-1, -1),
+            has_softcap=bool(model.soft_cap),
             num_splits=splits,
         )
 
@@ -354,6 +366,7 @@ def flash_us(model: Model, batch: int, context: int, block: int) -> float:
             seqused_k=lens,
             max_seqlen_k=length,
             softmax_scale=model.scale,
+            softcap=model.soft_cap,
             causal=True,
             window_size=[-1, -1],
             block_table=table,
@@ -364,7 +377,7 @@ def flash_us(model: Model, batch: int, context: int, block: int) -> float:
 
     us = graph_us(launch, copies)
     rows = caches[-1][table[-1].long()].flatten(0, 1)[:length]
-    want = attention(query[-1], *rows.split(dim, dim=-1), model.scale)
+    want = attention(model, query[-1], *rows.split(dim, dim=-1))
     require(relative(out[-1], want), FLASH_BOUND, f"FlashAttention {version}, {batch}x{context}")
     return us
 
@@ -506,8 +519,8 @@ class SealStep:
         self.worker.codec.plan(args)
 
 
-def report_attention(dim: int, group: int, copy: float, rows: list[dict[str, Any]]) -> str:
-    version = cuda.flash_version(dim)
+def report_attention(model: Model, copy: float, rows: list[dict[str, Any]]) -> str:
+    version = cuda.flash_version(model.dim)
     header = ["recipe", "batch x context", "us", "GB/s of pages", "of copy"]
     header += [f"FlashAttention {version}, us", "against it"]
     lines = []
@@ -520,10 +533,9 @@ def report_attention(dim: int, group: int, copy: float, rows: list[dict[str, Any
         cell += [f"{row['us']:.1f}", f"{row['gb_s']:,.0f}", f"{100 * row['of_copy']:.1f} %"]
         cell += [f"{flash['us']:.1f} (blocks of {flash['block']})"]
         lines.append([*cell, common.ratio(flash["us"] / row["us"])])
-    title = (
-        f"\nAttention, head_dim {dim}, {group} query heads a KV head; copy {copy:,.0f} GB/s:\n\n"
-    )
-    return title + common.table(header, lines)
+    cap = f", soft cap {model.soft_cap:g}" if model.soft_cap else ""
+    title = f"Attention, head_dim {model.dim}, {model.group} query heads a KV head{cap}"
+    return f"\n{title}; copy {copy:,.0f} GB/s:\n\n" + common.table(header, lines)
 
 
 def report_seal(dim: int, recipe: str, rows: list[dict[str, Any]]) -> str:
@@ -540,10 +552,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipes", default=RECIPES, help="names of presets, with commas")
-    parser.add_argument("--head-dims", default="128,64", help="64, 128, 256")
+    parser.add_argument("--head-dims", default="128,64", help="64, 96, 128, 256")
     parser.add_argument("--cells", default=CELLS, help="batch x context, with commas")
     parser.add_argument("--heads", type=int, default=8, help="KV heads")
     parser.add_argument("--group", type=int, default=4, help="query heads a KV head")
+    parser.add_argument("--soft-cap", type=float, default=0.0, help="of scores (0: none)")
     parser.add_argument("--no-attention", action="store_true")
     parser.add_argument("--no-seal", action="store_true")
     parser.add_argument("--out", help="also write the results here, JSON")
@@ -557,8 +570,8 @@ def main() -> None:
         if context % BLOCK:
             raise SystemExit(f"a context of {context} is no whole number of {BLOCK}-token blocks")
     dims = [int(dim) for dim in arguments.head_dims.split(",")]
-    if unknown := set(dims) - set(cuda.HEAD_DIMS):
-        raise SystemExit(f"no kernels for head_dim {unknown}; valid: {cuda.HEAD_DIMS}")
+    if unknown := set(dims) - set(lib.HEAD_DIMS):
+        raise SystemExit(f"no kernels for head_dim {unknown}; valid: {lib.HEAD_DIMS}")
     recipes = arguments.recipes.split(",")
     try:
         for recipe in recipes:
@@ -583,7 +596,8 @@ def measure(
     free()
     longest = max([context for _, context in wanted] + [CHUNK])
     for dim in dims:
-        model = Model(dim, arguments.heads, arguments.group, longest, torch.device("cuda:0"))
+        device = torch.device("cuda:0")
+        model = Model(dim, arguments.heads, arguments.group, longest, device, arguments.soft_cap)
         codecs = {recipe: model.codec(recipe) for recipe in recipes}
         for recipe, codec in codecs.items():
             check(model, codec, recipe)
@@ -592,7 +606,7 @@ def measure(
             rows += attention_rows(model, codecs, batch, context, copy)
         if rows:
             rows.sort(key=lambda row: recipes.index(row["recipe"]))
-            print(report_attention(dim, model.group, copy, rows), flush=True)
+            print(report_attention(model, copy, rows), flush=True)
             results["attention"] += rows
         for recipe, codec in codecs.items():
             if not arguments.no_seal:
@@ -607,6 +621,7 @@ def attention_rows(
 ) -> list[dict[str, Any]]:
     """A cell for every recipe, FlashAttention measured once."""
     cell = {"head_dim": model.dim, "group": model.group, "batch": batch, "context": context}
+    cell |= {"soft_cap": model.soft_cap}
     try:
         flash = flash_cell(model, batch, context)
     except torch.OutOfMemoryError:
