@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """docs/support.md: what runs with KAKEYA, what is refused, and which test says so.
 
-    scripts/support.py measure    # docs/support.json by tests/vllm/test_families.py, then the page
+    scripts/support.py measure    # docs/support.json by tests/vllm/test_families.py, then the page;
+                                  # docs/support_gpu.json where vLLM runs on a GPU
     scripts/support.py write      # the page alone: after a change to the plugin, a test or a figure
     scripts/support.py check      # 1 if the page is stale; the tests ask too
 
 Nothing on the page is written by hand that could be read: families come from docs/support.json,
-which the tests hold against what they measure; quality and speed from the tables of docs/quality.md
-and docs/benchmarks.md; refusals from the plugin's sources, every one of which needs a line here; a
-test that is named must exist and run where the page says it does.
+which the tests hold against what they measure, and docs/support_gpu.json; quality and speed from
+the tables of docs/quality.md and docs/benchmarks.md; refusals from the plugin's sources, every one
+of which needs a line here; a test that is named must exist and run where the page says it does.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ PLUGIN = ROOT / "vllm_plugin" / "kakeya_vllm"
 TESTS = ROOT / "tests" / "vllm"
 DOCS = ROOT / "docs"
 DATA = DOCS / "support.json"
+GPU_DATA = DOCS / "support_gpu.json"
 PAGE = DOCS / "support.md"
 COMMAND = "scripts/support.py measure"
 
@@ -55,7 +57,6 @@ class Feature:
 
 NOT_RUN = "not run"
 NO_TEST = "no test"
-UNNAMED = "not named among what ran"
 FEATURES = (
     Feature(
         "requests together equal each alone (continuous batching)",
@@ -110,33 +111,46 @@ FEATURES = (
     Feature(
         "draft model, EAGLE",
         ("doors::drafts_of_a_model_change_nothing",),
+        ("doors::drafts_of_a_model_change_nothing",),
         cpu_words="the EAGLE head was a random one",
-        gpu_words="refused",
     ),
     Feature("EAGLE-3, MTP, Medusa, ...", cpu_words="refused", gpu_words="refused"),
-    Feature("LoRA", ("lora::adapters_and_base_share_an_engine_and_no_pages",), gpu_words=NOT_RUN),
-    Feature("structured output", ("doors::structured_output",), gpu_words=NOT_RUN),
+    Feature(
+        "LoRA",
+        ("lora::adapters_and_base_share_an_engine_and_no_pages",),
+        ("lora::adapters_and_base_share_an_engine_and_no_pages",),
+    ),
+    Feature("structured output", ("doors::structured_output",), ("doors::structured_output",)),
     Feature(
         "tensor parallelism",
         ("processes::tensor_parallel_2_gives_the_same_codes_as_1",),
         ("gpu_engine::tensor_parallel_2_is_within_the_recipe",),
     ),
     Feature(
-        "pipeline parallelism", ("pipeline::two_stages_give_the_pages_of_one",), (), "", NOT_RUN
+        "pipeline parallelism",
+        ("pipeline::two_stages_give_the_pages_of_one",),
+        ("pipeline::two_stages_give_the_pages_of_one",),
     ),
-    Feature("data parallelism", cpu_words=NOT_RUN, gpu_words=NOT_RUN),
+    Feature(
+        "data parallelism",
+        ("processes::two_data_parallel_engines_give_the_same_text",),
+        ("processes::two_data_parallel_engines_give_the_same_text",),
+    ),
     Feature(
         "KakeyaConnector (pages in a folder)",
         (
             "connectors::a_decode_engine_goes_on_from_a_prefill_engines_pages",
             "connectors::blocks_come_back_after_they_were_evicted",
         ),
-        gpu_words=NOT_RUN,
+        (
+            "connectors::a_decode_engine_goes_on_from_a_prefill_engines_pages",
+            "connectors::blocks_come_back_after_they_were_evicted",
+        ),
     ),
     Feature(
         "OffloadingConnector (CPU memory)",
+        gpu=("connectors::pages_are_offloaded_to_cpu_memory",),
         cpu_words="refused",
-        gpu_words=NOT_RUN,
     ),
     Feature(
         "CUDA graphs",
@@ -173,18 +187,18 @@ FEATURES = (
     Feature(
         "metrics, `vllm bench serve`",
         ("metrics::what_was_configured_is_shown", "metrics::vllm_bench_serve_measures_it"),
-        gpu_words=NOT_RUN,
+        ("metrics::what_was_configured_is_shown", "metrics::vllm_bench_serve_measures_it"),
     ),
     Feature(
         "the calls of lm_eval; `vllm bench latency`, `throughput`",
         ("doors::what_lm_eval_calls", "doors::vllm_bench_latency_and_throughput"),
-        gpu_words=NOT_RUN,
+        ("doors::what_lm_eval_calls", "doors::vllm_bench_latency_and_throughput"),
     ),
     Feature(
         "images in a prompt of a text model",
         ("doors::a_multimodal_prompt_of_a_text_model_is_refused_and_the_engine_goes_on",),
+        ("doors::a_multimodal_prompt_of_a_text_model_is_refused_and_the_engine_goes_on",),
         cpu_words="refused by vLLM; the engine goes on",
-        gpu_words=NOT_RUN,
     ),
     Feature(
         "multimodal models without M-RoPE, quantised weights",
@@ -210,23 +224,27 @@ FEATURES = (
         "`KAKEYA_CALIBRATION=auto`",
         ("auto::engines_calibrate_once",),
         ("auto::engines_calibrate_once",),
-        gpu_words=UNNAMED,
     ),
     Feature(
         "attention sinks",
         ("mixed::full_layers_are_compressed_and_the_rest_is_stock",),
-        ("cuda_device::soft_caps_and_sinks",),
-        gpu_words="in an earlier state of the kernels; no engine",
+        (
+            "cuda_device::soft_caps_and_sinks",
+            "mixed::full_layers_are_compressed_and_the_rest_is_stock",
+        ),
     ),
     Feature(
         "a soft cap of scores",
         ("mixed::full_layers_are_compressed_and_the_rest_is_stock",),
-        gpu_words="refused",
+        (
+            "cuda_device::soft_caps_and_sinks",
+            "mixed::full_layers_are_compressed_and_the_rest_is_stock",
+        ),
     ),
     Feature(
         "full and sliding-window layers in one model",
         ("mixed::requests_together_equal_each_alone",),
-        gpu_words="refused",
+        ("mixed::requests_together_equal_each_alone",),
     ),
     Feature(
         "hybrid models: attention beside states",
@@ -235,7 +253,11 @@ FEATURES = (
             "hybrid::prefix_hits_give_the_same",
             "hybrid::two_ranks_in_processes_of_their_own",
         ),
-        gpu_words="refused",
+        (
+            "hybrid::attention_is_compressed_and_states_stay",
+            "hybrid::requests_together_equal_each_alone",
+        ),
+        gpu_words="over two ranks it ran, not compared",
     ),
     Feature(
         "recipes of the seed", ("seed_backend::prefix_hits_change_nothing",), gpu_words="refused"
@@ -331,7 +353,6 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
          ("support::speculation",)),
         ("speculative decoding with … (valid", "not tried",
          ("support::drafters_that_are_refused",)),
-        ("speculative decoding with … on a GPU", "not tried", ()),
         ("a draft model where either", "not tried", ()),
         ("a hybrid model with speculative", "not tried", ("hybrid::refused_by_name",)),
         ("KAKEYA for the layers of a draft", "they have no recipe",
@@ -384,12 +405,6 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("vLLM … on a GPU", "not run with it", ("cuda::what_is_refused_on_a_gpu",)),
         ("before compute capability", "nothing to run", ("cuda::what_is_refused_on_a_gpu",)),
         ("on a GPU (valid: bfloat16", "no kernels", ("cuda::what_is_refused_on_a_gpu",)),
-        ("head_dim … on a GPU", "no kernels", ("cuda::what_is_refused_on_a_gpu",)),
-        ("logits soft cap on a GPU", "its kernels have not run there",
-         ("cuda::what_is_refused_on_a_gpu",)),
-        ("models that mix full and sliding-window layers on a GPU", "not run to the end there",
-         ("cuda::what_is_refused_on_a_gpu",)),
-        ("hybrid models on a GPU", "not run there", ("cuda::what_is_refused_on_a_gpu",)),
         ("speculative tokens on a GPU", "attention takes 8 query tokens a sequence",
          ("cuda::what_is_refused_on_a_gpu",)),
     ),
@@ -400,7 +415,7 @@ RECIPE = "kakeya-4.6x"
 QUALITY = {"llama2": "SmolLM2-135M", "qwen2": "Qwen2.5-Coder-1.5B"}
 # The family that engines were timed with: shapes, cell of docs/benchmarks.md.
 SPEED = {"qwen3": ("Qwen3-4B's shapes with dummy weights", "64 x 8,192, ms")}
-# Where a family ran on a GPU.
+# What else of a family ran on a GPU.
 ON_A_GPU = {
     "llama2": ("SmolLM2-135M", ("gpu_engine::graphs_give_the_eager_tokens",)),
     "qwen2": (
@@ -436,6 +451,11 @@ references (`KAKEYA_VERIFY`); greedy tokens over the end of a block against the 
 prompt; prefix-cache hits against the first answers. All that in float32 with `prefill: sealed`, and
 once in bfloat16 with the default recipe, from whose KV-cache specs the ratio is. Of each that does
 not: the error, and that no engine was made.
+
+On a GPU the same in bfloat16 and with raw prompts, so without the comparison of decoded tokens with
+prompts: {gpu_families} families with vLLM {gpu_vllm}, transformers {gpu_transformers} and torch
+{gpu_torch}, on one {gpu}. There "ran" is followed by what moved: less than on the CPU, as
+raw prompts read pages only for what is behind their first 256 tokens.
 
 - **Ratio**: bf16's bytes to those that vLLM allocates for a block of the compressed layers, with
   `{recipe}`. Windows beside them keep the stock cache; on the CPU pages are then padded to 4.0x
@@ -518,8 +538,7 @@ def refusals(source: str, *, lists: bool) -> list[str]:
     that its functions make, and what they add to ``found``. "…" stands for what is filled in."""
     texts: list[str] = []
     for function in ast.walk(ast.parse(source)):
-        # What is said in the log is not refused.
-        if not isinstance(function, ast.FunctionDef) or function.name == "untried":
+        if not isinstance(function, ast.FunctionDef):
             continue
         for node in ast.walk(function):
             if isinstance(node, ast.Call):
@@ -611,17 +630,25 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _on_a_gpu(name: str, refused: list[str]) -> str:
-    if name in ON_A_GPU:
-        if refused:
+def _moved(entry: dict[str, Any]) -> str:
+    return f"{entry['moved']['6.4x']:g}, {entry['moved']['2.7x']:g}"
+
+
+def _on_a_gpu(name: str, refused: list[str], there: dict[str, Any]) -> str:
+    """``refused``: why a GPU would refuse it; ``there``: what was measured on one."""
+    ran = "moved" in there.get(name, {})
+    if refused:
+        if ran or name in ON_A_GPU:
             raise NotUnderstood(f"{name} ran on a GPU and is refused there: {refused}")
-        what, tests = ON_A_GPU[name]
-        return "ran: " + ", ".join(filter(None, [what, shown_by(tests, "gpu")]))
-    return "refused: " + "; ".join(refused) if refused else NOT_RUN
+        return "refused: " + "; ".join(refused)
+    what, tests = ON_A_GPU.get(name, ("", ()))
+    parts = [_moved(there[name]) if ran else "", what, shown_by(tests, "gpu") if tests else ""]
+    parts = list(filter(None, parts))
+    return "ran: " + "; ".join(parts) if parts else NOT_RUN
 
 
-def family_tables(families: dict[str, Any]) -> Iterator[str]:
-    """A table for each section of the families."""
+def family_tables(families: dict[str, Any], there: dict[str, Any]) -> Iterator[str]:
+    """A table for each section of the families. ``there``: what was measured on a GPU."""
     for section in dict.fromkeys(entry["section"] for entry in families.values()):
         entries = {n: e for n, e in families.items() if e["section"] == section}
         yield f"### {section}\n"
@@ -639,9 +666,9 @@ def family_tables(families: dict[str, Any]) -> Iterator[str]:
                         f"{e['title']} (`{e['architecture']}`)",
                         e["shows"],
                         f"ran{layers}",
-                        _cell(_on_a_gpu(name, e["gpu"])),
+                        _cell(_on_a_gpu(name, e["gpu"], there)),
                         f"{e['ratio']:.2f}x",
-                        f"{e['moved']['6.4x']:g}, {e['moved']['2.7x']:g}",
+                        _moved(e),
                         _quality(name),
                         _speed(name),
                     ]
@@ -653,8 +680,10 @@ def family_tables(families: dict[str, Any]) -> Iterator[str]:
         refused = {n: e for n, e in entries.items() if "refused" in e}
         if refused:
             yield "| family | of its own | refused, with | when |\n|---|---|---|---|"
-        for e in refused.values():
+        for name, e in refused.items():
             when = "when the model is loaded" if e["loads"] else "before it is loaded"
+            if "moved" in there.get(name, {}):
+                when += f"; on a GPU it ran: {_moved(there[name])}"
             title = f"{e['title']} (`{e['architecture']}`)"
             yield f"| {title} | {e['shows']} | {_cell(e['refused'])} | {when} |"
         if refused:
@@ -675,6 +704,12 @@ def render() -> str:
     """The page. Raises NotUnderstood."""
     kept = json.loads(DATA.read_text("utf-8"))
     families = kept["families"]
+    there = json.loads(GPU_DATA.read_text("utf-8"))
+    gpu = {f"gpu_{name}": value for name, value in there["versions"].items()}
+    gpu["gpu_families"] = sum("moved" in entry for entry in there["families"].values())
+    gpu["gpu"] = there["gpu"]
+    if unknown := set(there["families"]) - set(families):
+        raise NotUnderstood(f"{GPU_DATA.name} has {sorted(unknown)}, {DATA.name} has not")
     for name in (*QUALITY, *SPEED, *ON_A_GPU):
         if name not in families:
             raise NotUnderstood(f"there is no family {name} in {DATA.name}")
@@ -683,10 +718,13 @@ def render() -> str:
         "\n".join(
             [
                 PREAMBLE,
-                FAMILIES.format(**kept["versions"], recipe=recipe, calibrated=RECIPE).rstrip("\n"),
+                FAMILIES.format(**kept["versions"], **gpu, recipe=recipe, calibrated=RECIPE).rstrip(
+                    "\n"
+                ),
                 "",
-                *family_tables(families),
-                f"Measured by `{COMMAND}`, kept in `docs/support.json`.\n",
+                *family_tables(families, there["families"]),
+                f"Measured by `{COMMAND}`, kept in `docs/support.json` and (on a GPU) "
+                "`docs/support_gpu.json`.\n",
                 "## Features\n",
                 *feature_table(),
                 "",
@@ -705,14 +743,17 @@ def render() -> str:
 
 def measure() -> None:
     """Run the tests of the families and keep what they measured."""
-    fresh = DATA.with_suffix(".new")
+    from vllm.platforms import current_platform
+
+    data = GPU_DATA if current_platform.is_cuda() else DATA
+    fresh = data.with_suffix(".new")
     fresh.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "tests/vllm/test_families.py"]
     try:
         subprocess.run(
             command, cwd=ROOT, env=os.environ | {"KAKEYA_TEST_FAMILIES": str(fresh)}, check=True
         )
-        fresh.replace(DATA)
+        fresh.replace(data)
     finally:
         fresh.unlink(missing_ok=True)
 

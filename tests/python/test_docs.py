@@ -170,9 +170,6 @@ def check(model):
 
 def parts():
     return ["five"]
-
-def untried():
-    return ["said in the log"]
 """
     texts = ["one", "five", "two … and more", "three …", "four"]
     assert sorted(support.refusals(source, lists=True)) == sorted(texts)

@@ -92,7 +92,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-CHECKED = mixed.EXACT | {"KAKEYA_VERIFY": "1"}
+# vLLM has no batch-invariant states.
+EXACT = {} if engines.on_gpu() else mixed.EXACT
+CHECKED = EXACT | {"KAKEYA_VERIFY": "1"}
+# Of engines: kernels of the gated delta net that need nothing beside vLLM.
+OPTIONS: dict[str, Any] = {"gdn_prefill_backend": "triton"} if engines.on_gpu() else {}
 
 
 def make(directory: Path, name: str) -> Path:
@@ -109,7 +113,8 @@ def attention_layers(name: str) -> list[int]:
 def twice(model: Path) -> dict[str, Any]:
     """What requests say one after the other, and the same again, with prefix hits; tokens of a
     block, and pages."""
-    options = mixed.OPTIONS | {"dtype": mixed.dtype_of(model), "enable_prefix_caching": True}
+    options = mixed.OPTIONS | OPTIONS
+    options |= {"dtype": mixed.dtype_of(model), "enable_prefix_caching": True}
     runs = []
     with engines.engine(model, CHECKED, **options) as engine:
         for prompt in 2 * mixed.prompts():

@@ -135,17 +135,17 @@ def prompts() -> list[list[int]]:
     return [engines.tokens(70 + i, n) for i, n in enumerate(LENGTHS)]
 
 
-def measure(model: Path, **more: Any) -> dict[str, Any]:
+def measure(model: Path, env: dict[str, str], **more: Any) -> dict[str, Any]:
     """What the model says of the prompts (log-probabilities by token) with the stock cache and at
-    two ratios, checked by KAKEYA_VERIFY; compressed layers, and the KV-cache groups. ``more``:
-    options of the engines."""
+    two ratios, checked by KAKEYA_VERIFY; compressed layers, and the KV-cache groups. ``env`` and
+    ``more``: variables and options of the engines."""
     options = OPTIONS | {"dtype": dtype_of(model)} | more
     stock = {"attention_backend": None, "block_size": lib.BLOCK_TOKENS}
-    with engines.engine(model, EXACT, **options | stock) as engine:
+    with engines.engine(model, env, **options | stock) as engine:
         found: dict[str, Any] = {"stock": [engine.prompt_logprobs(p) for p in prompts()]}
     for ratio in RATIOS:
-        env = EXACT | {"KAKEYA_RECIPE": f"kakeya-free-{ratio}", "KAKEYA_VERIFY": "1"}
-        with engines.engine(model, env, **options) as engine:
+        recipe = {"KAKEYA_RECIPE": f"kakeya-free-{ratio}", "KAKEYA_VERIFY": "1"}
+        with engines.engine(model, env | recipe, **options) as engine:
             found[ratio] = [engine.prompt_logprobs(p) for p in prompts()]
             engine.run(prompts(), 8)
             found["compressed"] = [support.layer_index(name) for name in engine.runtime.layers]
@@ -190,9 +190,9 @@ def _specs(worker: Any) -> list[Any]:
     return [group.kv_cache_spec for group in worker.model_runner.kv_cache_config.kv_cache_groups]
 
 
-def measured(model: Path, **more: Any) -> dict[str, Any]:
+def measured(model: Path, env: dict[str, str] = EXACT, **more: Any) -> dict[str, Any]:
     """:func:`measure` in a process of its own."""
-    return elsewhere(__file__, model, json.dumps(more))
+    return elsewhere(__file__, model, json.dumps(env), json.dumps(more))
 
 
 def elsewhere(script: str, model: Path, *arguments: str) -> dict[str, Any]:
@@ -212,4 +212,5 @@ def elsewhere(script: str, model: Path, *arguments: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), **json.loads(sys.argv[2]))), flush=True)
+    _model, _env, _more = sys.argv[1:]
+    print(json.dumps(measure(Path(_model), json.loads(_env), **json.loads(_more))), flush=True)

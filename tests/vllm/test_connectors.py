@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 from engines import BLOCK, Engine, Run, assert_same_run, engine, run_elsewhere, tokens
-from kakeya_vllm import support, transfer
+from kakeya_vllm import transfer
 from kakeya_vllm.config import ConfigError
 from kakeya_vllm.page_folder import PageFolder, UnusablePage
 
 OPTIONS = {
     "skip_tokenizer_init": True,
     "dtype": engines.exact_dtype(),
-    "max_num_batched_tokens": 160,  # a block may be of two steps
+    # A block may be of two steps. On a GPU prompts are whole: where they are cut shows there.
+    "max_num_batched_tokens": 2048 if engines.on_gpu() else 160,
 }
 MODE = {} if engines.on_gpu() else {"KAKEYA_PREFILL": "sealed"}
 SPAWNED = {
@@ -49,6 +50,24 @@ def connected(folder: Path, role: str = "kv_both", **more: Any) -> dict[str, Any
         "kv_connector_extra_config": extra,
     }
     return OPTIONS | {"kv_transfer_config": config | more}
+
+
+def assert_same_answers(runs: list[Run], others: list[Run], *, other_hits: bool = False) -> None:
+    """Bit for bit. On a GPU an answer depends on what its prompt hit: with ``other_hits`` only
+    lengths are compared there."""
+    for a, b in zip(runs, others, strict=True):
+        if other_hits and engines.on_gpu():
+            assert len(a.tokens) == len(b.tokens)
+        else:
+            assert (a.tokens, a.logprobs) == (b.tokens, b.logprobs)
+
+
+def assert_same_pages(blocks: list[list[str]], others: list[list[str]], layer: str) -> None:
+    """Byte for byte, in any order. On a GPU but for one block: the last of a prompt that ends with
+    it is computed again, from pages where the first engine had what they were made of."""
+    first, second = ({str(block) for block in found} for found in (blocks, others))
+    assert len(blocks) == len(others), f"layer {layer}"
+    assert len(first - second) <= engines.on_gpu(), f"layer {layer}"
 
 
 def files(folder: Path) -> list[Path]:
@@ -95,10 +114,9 @@ def test_a_decode_engine_goes_on_from_a_prefill_engines_pages(
         runs = decode.run(PROMPTS, COUNT)
         pages = decode.worker(engines.read_pages)
     assert [run.cached for run in runs] == HITS
-    for a, b in zip(alone, runs, strict=True):
-        assert (a.tokens, a.logprobs) == (b.tokens, b.logprobs)
+    assert_same_answers(alone, runs)
     for layer, blocks in prefilled["pages"].items():
-        assert sorted(pages[layer]) == sorted(blocks), f"layer {layer}"
+        assert_same_pages(blocks, pages[layer], layer)
 
 
 def test_files_take_a_fraction_of_bf16(prefilled: dict[str, Any]) -> None:
@@ -115,11 +133,12 @@ def test_files_take_a_fraction_of_bf16(prefilled: dict[str, Any]) -> None:
         assert {bytes(page.numpy()).hex() for page in pages.split(14240)} <= parts
 
 
-@pytest.mark.cpu_only
 def test_ranks_of_another_number_share_a_folder(
     tiny: Path, alone: list[Run], tmp_path: Path
 ) -> None:
     """Two ranks prefill, one engine decodes: files are of KV heads, not of ranks."""
+    if engines.on_gpu() and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     two = run_elsewhere(
         tiny,
         PROMPTS,
@@ -136,13 +155,13 @@ def test_ranks_of_another_number_share_a_folder(
     assert [run.cached for run in runs] == HITS
     for layer, blocks in pages.items():
         left, right = (rank[layer] for rank in two["pages"])
-        assert sorted(blocks) == sorted(a + b for a, b in zip(left, right, strict=True))
+        both = [a + b for a, b in zip(left, right, strict=True)]
+        assert_same_pages(both, blocks, layer)
     for a, b in zip(alone, runs, strict=True):
         # Sums over ranks are taken in another order, and a code may fall on the other side.
-        assert_same_run(a, b, 0.05)
+        assert_same_run(a, b, 0.25 if engines.on_gpu() else 0.05)
 
 
-@pytest.mark.cpu_only
 def test_blocks_come_back_after_they_were_evicted(tiny: Path, tmp_path: Path) -> None:
     """One engine with a cache of 9 blocks, pages in memory (a folder in /dev/shm would be), and a
     boundary layer, whose K and V travel with the pages."""
@@ -166,7 +185,6 @@ def test_blocks_come_back_after_they_were_evicted(tiny: Path, tmp_path: Path) ->
         assert abs(a - b) < 1e-5  # vLLM's own attention in the boundary layer
 
 
-@pytest.mark.cpu_only
 def test_drafts_are_never_kept(tiny: Path, tmp_path: Path) -> None:
     """Blocks that drafts filled are sealed before it is known whether the drafts are true. What is
     in the folder is what the cache holds in the end."""
@@ -224,7 +242,6 @@ def test_answers_stay_the_same_under_load(tiny: Path, tmp_path: Path) -> None:
 # --- what is not used ---------------------------------------------------------------------------
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
 def test_a_damaged_file_is_not_used(
     tiny: Path, alone: list[Run], prefilled: dict[str, Any], tmp_path: Path, policy: str
@@ -246,8 +263,7 @@ def test_a_damaged_file_is_not_used(
             found = [output.outputs[0].finish_reason for output in outputs]
             assert found == ["error", "error", "length"]
         runs = made.run(PROMPTS, COUNT)
-    for a, b in zip(alone, runs, strict=True):
-        assert (a.tokens, a.logprobs) == (b.tokens, b.logprobs)
+    assert_same_answers(alone, runs, other_hits=True)
     # Of four blocks one is not loaded; the other head's files stay, and are of no use.
     assert len(files(folder)) == 4 * HEADS - 3
 
@@ -308,7 +324,6 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         assert not place.exists()
 
 
-@pytest.mark.cpu_only
 def test_pages_that_cannot_be_kept(
     tiny: Path, alone: list[Run], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -321,7 +336,7 @@ def test_pages_that_cannot_be_kept(
         shutil.rmtree(directory)
         directory.write_text("in the way")
         runs = made.run(PROMPTS, COUNT)
-    assert [(r.tokens, r.logprobs) for r in runs] == [(r.tokens, r.logprobs) for r in alone]
+    assert_same_answers(alone, runs, other_hits=True)
     assert caplog.text.count("KAKEYA pages cannot be kept") == 1
 
 
@@ -378,22 +393,6 @@ def test_connectors_refused_by_name() -> None:
     assert ("KV offloading without a GPU" in found) == (not engines.on_gpu())
 
 
-def test_on_a_gpu_it_is_said_what_was_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.platforms import current_platform
-
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
-    config = SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(kv_connector="OffloadingConnector"),
-        parallel_config=SimpleNamespace(pipeline_parallel_size=2),
-        speculative_config=SimpleNamespace(method="eagle"),
-    )
-    transfer.adopt(config)
-    assert support.untried(config) == [
-        "the KV connector KakeyaOffloadingConnector has not run on a GPU with KAKEYA so far",
-        "pipeline parallelism has not run on a GPU with KAKEYA so far",
-    ]
-
-
 # --- vLLM's own offloading ----------------------------------------------------------------------
 
 OFFLOADED = OPTIONS | SMALL | {"kv_offloading_size": 0.125}
@@ -403,7 +402,8 @@ def offload_and_return(made: Engine) -> None:
     """Blocks go to CPU memory, are evicted, and come back; a whole prompt never does."""
     first = tokens(320, 256)
     made.run([first], 8)
-    (before,) = made.run([first], 8)  # with a hit: on a GPU that shows
+    once = made.worker(engines.read_pages)
+    (before,) = made.run([first], 8)  # with a hit, which shows in the second block on a GPU
     sealed = made.worker(engines.read_pages)
     made.run(OTHERS, 4)
     gone = made.worker(engines.read_pages)
@@ -414,7 +414,9 @@ def offload_and_return(made: Engine) -> None:
     for layer, blocks in sealed.items():
         pages = {str(block) for block in blocks}
         assert not pages & {str(block) for block in gone[layer]}
-        assert pages <= {str(block) for block in back[layer]}, f"layer {layer}"
+        lost = pages - {str(block) for block in back[layer]}
+        assert len(lost) <= engines.on_gpu(), f"layer {layer}"
+        assert lost <= {str(block) for block in once[layer]}, f"layer {layer}"
 
 
 @pytest.mark.gpu

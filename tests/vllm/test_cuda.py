@@ -169,24 +169,13 @@ def test_structures_are_as_large_as_the_library_says(function: str, structure: A
         ({"archs": ""}, "GPUs with this libkakeya, which was built without kernels"),
         ({"capability": (7, 5)}, "GPUs before compute capability 8.0"),
         ({"dtype": torch.float32}, "torch.float32 on a GPU (valid: bfloat16, float16)"),
-        ({"head_size": 96}, "head_dim 96 on a GPU (valid: (64, 128, 256))"),
         ({"tried": False}, "vLLM "),
-        ({"text": {"attn_logit_softcapping": 50.0}}, "logits soft cap on a GPU"),
-        (
-            {"text": {"layer_types": ["sliding_attention", "full_attention"]}},
-            "models that mix full and sliding-window layers on a GPU",
-        ),
-        ({"hybrid": True}, "hybrid models on a GPU (not tried)"),
         ({"drafts": 8}, "8 speculative tokens on a GPU (valid: up to 7)"),
     ],
 )
 def test_what_is_refused_on_a_gpu(change: dict[str, Any], feature: str | None) -> None:
     config = settings(change.get("drafts", 0))
     config.model_config.dtype = change.get("dtype", torch.bfloat16)
-    config.model_config.get_head_size = lambda: change.get("head_size", 128)
-    config.model_config.is_hybrid = change.get("hybrid", False)
-    config.model_config.is_attention_free = False
-    config.model_config.hf_text_config = SimpleNamespace(**change.get("text", {}))
     capability = change.get("capability", (9, 0))
     platform = SimpleNamespace(has_device_capability=lambda least: capability >= least)
     tried = change.get("tried", True)

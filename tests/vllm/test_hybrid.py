@@ -15,12 +15,16 @@ import engines
 import hybrid
 import mixed
 import pytest
+import torch
 from kakeya_vllm import banner, calibrate, lib
 from kakeya_vllm.evaluation.command import refuse_mixed
 from kakeya_vllm.hybrid import is_state
 from kakeya_vllm.support import UnsupportedFeature
 
-pytestmark = pytest.mark.cpu_only  # on a GPU such models are refused
+# With whole prompts on a GPU: pieces read each other's pages there, and by which sums makes codes.
+WHOLE = mixed.OPTIONS | ({"max_num_batched_tokens": 4096} if engines.on_gpu() else {})
+# Log-probabilities that agree except for the order of sums, of float32 and of bfloat16.
+CLOSE = 0.25 if engines.on_gpu() else 0.05
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +33,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return functools.cache(lambda name: hybrid.make(root / name, name))
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "granite", "falcon_h1"])
+# vLLM turns LFM 2's keys wrongly on the CPU (test_probe.py).
+LFM2 = pytest.param("lfm2", marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "granite", "falcon_h1", LFM2])
 def test_attention_is_compressed_and_states_stay(models: Any, name: str) -> None:
     """What a model says of prompts moves by what the recipe loses, and less with more bits. The
     verifier compares seals and outputs with references."""
     # vLLM's Mamba 2 for the CPU stops at a prompt's state that is to be kept, with any cache.
     caching = "mamba_n_heads" not in hybrid.MODELS[name]
-    found = mixed.measured(models(name), enable_prefix_caching=caching)
+    found = mixed.measured(
+        models(name), hybrid.EXACT, enable_prefix_caching=caching, **hybrid.OPTIONS
+    )
     moved = {ratio: mixed.apart(found[ratio], found["stock"]) for ratio in mixed.RATIOS}
     print(name, moved)
     assert 0 < moved["2.7x"] < moved["6.4x"]
@@ -51,13 +61,13 @@ def test_attention_is_compressed_and_states_stay(models: Any, name: str) -> None
     for state in states:  # the fewest pages that it fits into
         assert state["bytes"] == pages * page
         assert (pages - 1) * page < state["used"] <= pages * page
-    assert pages > 1
+    assert pages > 1 or name == "lfm2"  # whose states are small
 
 
 def test_requests_together_equal_each_alone(models: Any) -> None:
     """With preemption: blocks of one pool go from states to pages and back. Where a prompt is cut
     into steps shows in the last digits of a state, so that now and then a code flips."""
-    options = mixed.OPTIONS | {"dtype": "float32", "enable_prefix_caching": False}
+    options = WHOLE | {"dtype": engines.exact_dtype(), "enable_prefix_caching": False}
     prompts = mixed.prompts()
     with engines.engine(models("falcon_h1"), hybrid.CHECKED, **options) as engine:
         assert engine.runtime.pages_per_block > 1
@@ -69,9 +79,11 @@ def test_requests_together_equal_each_alone(models: Any) -> None:
     with engines.engine(models("falcon_h1"), hybrid.CHECKED, **small) as engine:
         crowded = engine.run(3 * prompts, 100)
         assert engine.counter("vllm:num_preemptions") > 0
-    for runs in (together, crowded[:4], crowded[4:8], crowded[8:]):
+    # On a GPU a request that comes back reads its own tokens as they were.
+    parts = (together, crowded[:4], crowded[4:8], crowded[8:])
+    for runs in parts[:1] if engines.on_gpu() else parts:
         for run, expected in zip(runs, alone, strict=True):
-            engines.assert_same_run(run, expected, 0.05)
+            engines.assert_same_run(run, expected, CLOSE)
 
 
 def check_capacity(engine: engines.Engine) -> None:
@@ -84,7 +96,7 @@ def check_capacity(engine: engines.Engine) -> None:
     specs = banner.layer_specs(cache)
     states = sum(s.state_content_size_bytes for s in specs.values() if is_state(s))
     about = hybrid.COMMON
-    token = 2 * about["num_key_value_heads"] * 64 * 4  # float32
+    token = 2 * about["num_key_value_heads"] * 64 * getattr(torch, engines.exact_dtype()).itemsize
     request = about["num_hidden_layers"] * longest * token + states
     # Of whole blocks.
     assert uncompressed == pytest.approx(engines.KV_BYTES / request * longest, rel=1e-3)
@@ -99,10 +111,14 @@ def test_prefix_hits_give_the_same(models: Any) -> None:
     expected = [(length - 1) // block * block for length in mixed.LENGTHS]
     assert [run["cached"] for run in found["second"]] == expected
     assert any(expected)
+    if engines.on_gpu():  # there a prompt that hits its blocks reads what they lost
+        return
     for name in ("tokens", "logprobs"):
         assert [run[name] for run in found["first"]] == [run[name] for run in found["second"]]
 
 
+# In bfloat16, a GPU's type, sums over ranks move this model's log-probabilities by 0.3 to 0.6.
+@pytest.mark.cpu_only
 def test_two_ranks_in_processes_of_their_own(models: Any) -> None:
     """Spawned engine and workers: all agree on a block, and half of the heads and of the states on
     each rank say what one process says."""
@@ -125,7 +141,7 @@ def test_two_ranks_in_processes_of_their_own(models: Any) -> None:
         **options,
     )
     for run, one in zip(two["runs"], expected, strict=True):
-        engines.assert_same_run(run, one, 0.05)
+        engines.assert_same_run(run, one, CLOSE)
 
 
 @pytest.mark.parametrize("name", ["granite", "falcon_h1"])  # the latter's names are no places
@@ -138,11 +154,13 @@ def test_a_calibration_has_the_attention_layers(
     model = engines.add_byte_tokenizer(models(name))
     monkeypatch.setenv("KAKEYA_CACHE", str(tmp_path))
     out = tmp_path / "artefact.safetensors"
-    calibrate.calibrate(str(model), tokens=2 * 2048, out=out, settings={"dtype": "float32"})
+    calibrate.calibrate(
+        str(model), tokens=2 * 2048, out=out, settings={"dtype": engines.exact_dtype()}
+    )
     variances = load_file(out)["k_var"]
     assert [i for i, layer in enumerate(variances) if layer.any()] == hybrid.attention_layers(name)
-    env = mixed.EXACT | {"KAKEYA_CALIBRATION": str(out), "KAKEYA_RECIPE": "kakeya-4.6x"}
-    options = mixed.OPTIONS | {"dtype": "float32", "enable_prefix_caching": False}
+    env = hybrid.EXACT | {"KAKEYA_CALIBRATION": str(out), "KAKEYA_RECIPE": "kakeya-4.6x"}
+    options = mixed.OPTIONS | {"dtype": engines.exact_dtype(), "enable_prefix_caching": False}
     with engines.engine(model, env, **options) as engine:
         assert [len(run.tokens) for run in engine.run(mixed.prompts(), 5)] == [5] * 4
 
@@ -190,6 +208,8 @@ def test_doctor_counts_the_attention_layers(models: Any, tmp_path: Path) -> None
 def test_refused_by_name(
     models: Any, options: dict[str, Any], env: dict[str, str], feature: str
 ) -> None:
+    if engines.on_gpu() and torch.cuda.device_count() < options.get("pipeline_parallel_size", 1):
+        pytest.skip("needs two GPUs")
     with (
         pytest.raises(UnsupportedFeature, match=feature),
         engines.engine(models("granite"), env, **(mixed.OPTIONS | options)),

@@ -12,13 +12,16 @@ from engines import assert_same_run, engine, run_elsewhere, tokens
 from kakeya_vllm import config
 from safetensors.torch import save_file
 
-pytestmark = pytest.mark.cpu_only
-
 LAYERS, HEADS, DIM = 4, 2, 128
 # Blocks are sealed in prefill, in chunks and while decoding.
 PROMPTS = [tokens(80, 300), tokens(81, 120), tokens(82, 5)]
-OPTIONS = {"skip_tokenizer_init": True, "dtype": "float32", "max_num_batched_tokens": 160}
-SEALED = {"KAKEYA_PREFILL": "sealed"}
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "dtype": engines.exact_dtype(),
+    # On a GPU prompts are whole: where they are cut shows there.
+    "max_num_batched_tokens": 2048 if engines.on_gpu() else 160,
+}
+SEALED = engines.INVARIANT if engines.on_gpu() else {"KAKEYA_PREFILL": "sealed"}
 STAGES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -46,6 +49,8 @@ def artefact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_two_stages_give_the_pages_of_one(tiny: Path, artefact: str) -> None:
     """Calibrated, with the model's last layer a boundary layer: the second of the second stage."""
+    if engines.on_gpu() and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     env = SEALED | {"KAKEYA_CALIBRATION": artefact, "KAKEYA_BOUNDARY_SKIP_LAYERS": "3"}
     with engine(tiny, env, **OPTIONS) as one:
         runs = one.run(PROMPTS, 20)

@@ -13,8 +13,6 @@ import torch
 from kakeya_vllm import probe, rope
 from kakeya_vllm.support import UnsupportedFeature
 
-pytestmark = pytest.mark.cpu_only
-
 OPTIONS: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "bfloat16"}
 FULL, HALVES, NEIGHBOURS = 64, False, True
 # Channels that compressed layers rotate, and whether neighbours are pairs; None: they rotate none.
@@ -85,6 +83,7 @@ def test_a_model_that_turns_its_keys_otherwise_is_refused(
         pass
 
 
+@pytest.mark.cpu_only
 def test_keys_that_vllm_turns_wrongly_are_noticed(tmp_path: Path) -> None:
     """LFM2 hands [tokens, heads, channels] to vLLM's rotary kernel for the CPU (0.32), which takes
     heads for tokens: keys are turned by positions of others."""

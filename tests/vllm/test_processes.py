@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,30 +110,59 @@ def request(address: str, body: dict[str, Any]) -> Any:
     )
 
 
-def test_served_over_http_gives_the_same_text(
-    smollm2: Path, in_process: list[engines.Run], tmp_path: Path
-) -> None:
+def serving() -> list[str]:
+    """Arguments of `vllm serve`."""
     arguments = ["--max-model-len", "1024", "--dtype", DTYPE, "--enforce-eager"]
     arguments += ["--attention-backend", "KAKEYA", "--served-model-name", "m"]
     arguments += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(engines.KV_BYTES)]
     if engines.on_gpu():
         arguments += ["--gpu-memory-utilization", "0.1"]
+    return arguments
+
+
+BODY = {"model": "m", "temperature": 0, "max_tokens": COUNT, "ignore_eos": True}
+LOGGED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+
+
+def test_served_over_http_gives_the_same_text(
+    smollm2: Path, in_process: list[engines.Run], tmp_path: Path
+) -> None:
     log = tmp_path / "server.log"
-    with (
-        engines.variables({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}),
-        server(smollm2, log, *arguments) as address,
-    ):
-        body = {"model": "m", "temperature": 0, "max_tokens": COUNT, "ignore_eos": True}
+    with engines.variables(LOGGED), server(smollm2, log, *serving()) as address:
         # A client that goes away in the middle: its request is aborted.
-        with request(address, body | {"prompt": "1 2 3", "max_tokens": 500, "stream": True}) as r:
+        with request(address, BODY | {"prompt": "1 2 3", "max_tokens": 500, "stream": True}) as r:
             for _ in range(3):
                 r.readline()
         for prompt, run in zip(PROMPTS, in_process, strict=True):
-            with request(address, body | {"prompt": prompt}) as answer:
-                assert json.load(answer)["choices"][0]["text"] == run.text
+            assert _complete(address, prompt) == run.text
     text = log.read_text()
     assert f"30 compressed: 0-29; 0 stock {DTYPE}: none" in text
     assert "calibration-free" in text
+
+
+def test_two_data_parallel_engines_give_the_same_text(
+    smollm2: Path, in_process: list[engines.Run], tmp_path: Path
+) -> None:
+    """Each with a cache and open blocks of its own; vLLM hands requests to the less busy one."""
+    if engines.on_gpu() and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    log = tmp_path / "server.log"
+    # The engines may share this machine's cores; vLLM would otherwise want a NUMA node each.
+    env = LOGGED | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    arguments = [*serving(), "--data-parallel-size", "2"]
+    with (
+        engines.variables(env),
+        server(smollm2, log, *arguments) as address,
+        ThreadPoolExecutor() as pool,
+    ):
+        texts = pool.map(lambda prompt: _complete(address, prompt), PROMPTS * 2)
+        assert list(texts) == [run.text for run in in_process] * 2
+    assert log.read_text().count("30 compressed: 0-29") == 2
+
+
+def _complete(address: str, prompt: str) -> str:
+    with request(address, BODY | {"prompt": prompt}) as answer:
+        return json.load(answer)["choices"][0]["text"]
 
 
 def test_all_boundary_layers_give_the_stock_tokens(smollm2: Path) -> None:

@@ -24,7 +24,6 @@ from kakeya_vllm.allocation import allocating
 NULL_BLOCK = 0
 # Query tokens of a sequence that the attention kernel takes; drafts to verify must fit.
 MAX_QUERY = 8
-HEAD_DIMS = (64, 128, 256)
 MIN_CAPABILITY = (8, 0)
 # Tokens of history that prefill opens at a time: bounds the dense workspace of a worker.
 HISTORY_TOKENS = 16384

@@ -108,7 +108,7 @@ def _prepare(vllm_config: Any) -> None:
         vllm_config.cache_config.user_specified_block_size = True
     runtime.check_artefact(vllm_config, settings)
     transfer.adopt(vllm_config)
-    for warning in (*settings.warnings, *support.untried(vllm_config)):
+    for warning in settings.warnings:
         logger.warning("%s", warning)
     if isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config = {
@@ -175,11 +175,12 @@ def _wrap_block_size(original: classmethod) -> classmethod:
 
 
 def attention_layer(module: ModuleType) -> None:
-    """Give boundary layers and sliding-window layers the stock backend.
+    """Give boundary layers, sliding-window layers and a drafter's layers the stock backend.
 
     Why: vLLM selects backends per kind of layer (AttentionConfig.backend_per_kind), not per layer
     number, and a boundary layer must be exactly the stock one. A sliding-window layer keeps few
-    tokens, and its backend must be vLLM's own choice as well.
+    tokens, and its backend must be vLLM's own choice as well. One model runner (V2, 0.33) hands the
+    backend on to a draft model, whose layers have no recipe.
     How: build such a layer while no backend is selected, so vLLM chooses as it would without us.
     Goes away when vLLM can select a backend by layer number (TurboQuant's boundary layers go
     through kv_cache_dtype_skip_layers, which changes the dtype and not the backend).
@@ -197,8 +198,10 @@ def attention_layer(module: ModuleType) -> None:
 
             attention = vllm_config.attention_config
             prefix = kwargs.get("prefix", "")
+            num_layers = vllm_config.model_config.get_total_num_hidden_layers()
             if (
                 kwargs.get("per_layer_sliding_window") is not None
+                or support.is_draft_layer(prefix, num_layers)
                 or support.layer_index(prefix) in config.current().boundary_skip_layers
             ):
                 saved = attention.backend, attention.backend_per_kind

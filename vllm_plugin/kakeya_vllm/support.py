@@ -87,20 +87,6 @@ def check_config(vllm_config: Any) -> None:
         raise UnsupportedFeature(features)
 
 
-def untried(vllm_config: Any) -> list[str]:
-    """What is not refused and has not been tried either, to be said in the log."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        return []
-    found = []
-    if vllm_config.kv_transfer_config is not None:
-        found.append(f"the KV connector {vllm_config.kv_transfer_config.kv_connector}")
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        found.append("pipeline parallelism")
-    return [f"{feature} has not run on a GPU with KAKEYA so far" for feature in found]
-
-
 def _seed_features(name: str, vllm_config: Any) -> list[str]:
     """What a recipe of the seed does not do and others do."""
     from vllm.platforms import current_platform
@@ -149,15 +135,6 @@ def _cuda_features(
         found.append("GPUs before compute capability 8.0")
     if model.dtype not in cuda.DTYPES:
         found.append(f"{model.dtype} on a GPU (valid: bfloat16, float16)")
-    if model.get_head_size() not in cuda.HEAD_DIMS:
-        found.append(f"head_dim {model.get_head_size()} on a GPU (valid: {cuda.HEAD_DIMS})")
-    text = model.hf_text_config
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        found.append("logits soft cap on a GPU")
-    if windowed_layers(text):
-        found.append("models that mix full and sliding-window layers on a GPU")
-    if hybrid.is_hybrid(model):
-        found.append("hybrid models on a GPU (not tried)")
     speculative = vllm_config.speculative_config
     if speculative is not None and (speculative.num_speculative_tokens or 0) >= cuda.MAX_QUERY:
         found.append(
@@ -314,13 +291,9 @@ def _speculative_features(vllm_config: Any) -> list[str]:
 
 
 def _draft_model_features(vllm_config: Any) -> list[str]:
-    from vllm.platforms import current_platform
 
     attention = vllm_config.attention_config
     found = []
-    if not current_platform.is_cpu():
-        method = vllm_config.speculative_config.method
-        found.append(f"speculative decoding with {method} on a GPU (not tried)")
     models = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
     if any(windowed_layers(x.hf_text_config) or x.get_sliding_window() for x in models):
         found.append("a draft model where either model has sliding-window layers (not tried)")
