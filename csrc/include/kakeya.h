@@ -877,6 +877,12 @@ kakeya_status kakeya_cuda_attend_with(const kakeya_cuda *cuda,
                                       const kakeya_cuda_attend_args *args,
                                       const kakeya_attend_options *options);
 
+// Whether kakeya_cuda_attend_with would take these options in any step: to be asked before the first one.
+//
+// Errors: NULL_POINTER, BAD_STRUCT_SIZE, and OUT_OF_RANGE and UNSUPPORTED as kakeya_cuda_attend_with.
+kakeya_status kakeya_cuda_require_options(const kakeya_cuda *cuda,
+                                          const kakeya_attend_options *options);
+
 // Opens pages into dense rows, for prefill that continues a sequence, and for debugging.
 //
 // Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, count, strides), ALIASED,

@@ -621,6 +621,7 @@ int main(void) {
   kakeya_status (*volatile kakeya_cuda_open_)(const kakeya_cuda *, const kakeya_cuda_open_args *) = kakeya_cuda_open;
   kakeya_status (*volatile kakeya_attend_with_)(const kakeya_codec *, const kakeya_attend_args *, const kakeya_attend_options *) = kakeya_attend_with;
   kakeya_status (*volatile kakeya_cuda_attend_with_)(const kakeya_cuda *, const kakeya_cuda_attend_args *, const kakeya_attend_options *) = kakeya_cuda_attend_with;
+  kakeya_status (*volatile kakeya_cuda_require_options_)(const kakeya_cuda *, const kakeya_attend_options *) = kakeya_cuda_require_options;
   int missing = 0;
   missing += kakeya_status_name_ == NULL;
   missing += kakeya_last_error_ == NULL;
@@ -652,6 +653,7 @@ int main(void) {
   missing += kakeya_cuda_open_ == NULL;
   missing += kakeya_attend_with_ == NULL;
   missing += kakeya_cuda_attend_with_ == NULL;
+  missing += kakeya_cuda_require_options_ == NULL;
   missing += kakeya_abi_version() != 1;
   if (missing == 0) puts("frozen_abi: ok");
   return missing;

@@ -281,6 +281,13 @@ static void test_cuda_refusals(void) {
   WITHOUT_HANDLE(kakeya_cuda_seal, kakeya_cuda_write_args);
   WITHOUT_HANDLE(kakeya_cuda_attend, kakeya_cuda_attend_args);
   WITHOUT_HANDLE(kakeya_cuda_open, kakeya_cuda_open_args);
+
+  kakeya_attend_options options = {.struct_size = sizeof options};
+  CHECK_REFUSED(kakeya_cuda_require_options(NULL, NULL), KAKEYA_ERR_NULL_POINTER, "options is NULL");
+  CHECK_REFUSED(kakeya_cuda_require_options(NULL, &options), KAKEYA_ERR_NULL_POINTER, "cuda is NULL");
+  options.struct_size -= 8;
+  CHECK_REFUSED(kakeya_cuda_require_options(NULL, &options), KAKEYA_ERR_BAD_STRUCT_SIZE,
+                "sizeof(kakeya_attend_options)");
 }
 
 int main(void) {

@@ -195,7 +195,7 @@ def test_every_refusal_has_a_line_and_every_line_a_refusal(change: list[str], wh
         ("engine::gone", None, "no test test_engine.py::test_gone"),
         ("gone::gone", None, "no test test_gone.py::test_gone"),
         ("gpu_engine::drafts_change_nothing", "cpu", "does not run on the cpu"),  # of the file
-        ("connectors::drafts_are_never_kept", "gpu", "does not run on the gpu"),  # of its own
+        ("connectors::answers_stay_the_same_under_load", "gpu", "does not run on the gpu"),
         ("engine::forced_preemption_loses_nothing", "gpu", "does not run on the gpu"),  # by a name
     ],
 )

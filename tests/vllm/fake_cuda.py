@@ -49,6 +49,11 @@ class FakeCudaCodec:
     def page_bytes(self) -> int:
         return 2 * BLOCK * self.dim * ELEMENT.itemsize
 
+    def require_options(self, options: lib.AttendOptions) -> None:
+        self.calls.append("require_options")
+        if not options.soft_cap >= 0:
+            raise ValueError(f"soft_cap is {options.soft_cap}")
+
     def _pages(self, args: Any) -> torch.Tensor:
         """[blocks, heads, K and V, 128, D]"""
         block, head = args.page_block_stride // 2, args.page_head_stride // 2

@@ -41,6 +41,11 @@ def test_soft_caps_and_sinks(soft_cap: float, with_sinks: bool) -> None:
     engine.step({"a": 1, "b": 1, "c": 1}, pad_seqs=1, pad_tokens=1)
 
 
+def test_a_soft_cap_that_is_refused_is_refused_before_the_first_step() -> None:
+    with pytest.raises(ValueError, match="soft_cap is -1"):
+        Engine(soft_cap=-1.0)
+
+
 def test_history_is_read_in_pieces() -> None:
     engine = Engine()
     engine.step({"a": 900})

@@ -349,6 +349,8 @@ class CudaLayer:
         self.soft_cap = soft_cap
         self.sinks = sinks
         self._options = attend_options(soft_cap, sinks)
+        if self._options is not None:
+            worker.codec.require_options(self._options)
         self._write = lib.CudaWriteArgs(struct_size=ctypes.sizeof(lib.CudaWriteArgs))
         self._attend = lib.CudaAttendArgs(struct_size=ctypes.sizeof(lib.CudaAttendArgs))
         self._open = lib.CudaOpenArgs(struct_size=ctypes.sizeof(lib.CudaOpenArgs))

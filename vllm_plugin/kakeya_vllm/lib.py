@@ -350,6 +350,7 @@ _STATUS_FUNCTIONS: dict[str, list[Any]] = {
     "kakeya_cuda_seal": [c_void_p, POINTER(CudaWriteArgs)],
     "kakeya_cuda_attend": [c_void_p, POINTER(CudaAttendArgs)],
     "kakeya_cuda_attend_with": [c_void_p, POINTER(CudaAttendArgs), POINTER(AttendOptions)],
+    "kakeya_cuda_require_options": [c_void_p, POINTER(AttendOptions)],
     "kakeya_cuda_open": [c_void_p, POINTER(CudaOpenArgs)],
 }
 
@@ -611,6 +612,10 @@ class CudaCodec:
             self.library.check(self._attend(self._handle, byref(args)))
         else:
             self.library.check(self._attend_with(self._handle, byref(args), byref(options)))
+
+    def require_options(self, options: AttendOptions) -> None:
+        """Refuse what attend() would refuse of options in any step."""
+        self.library.call("kakeya_cuda_require_options", self._handle, byref(options))
 
     def open(self, args: CudaOpenArgs) -> None:
         self.library.check(self._open(self._handle, byref(args)))

@@ -468,6 +468,22 @@ pub unsafe extern "C" fn kakeya_cuda_attend_with(
     unsafe { launch(cuda, args, |cuda, args| cuda.attend(args, Some(arguments_named("options", options)?))) }
 }
 
+/// Whether kakeya_cuda_attend_with would take these options in any step: to be asked before the first one.
+///
+/// Errors: NULL_POINTER, BAD_STRUCT_SIZE, and OUT_OF_RANGE and UNSUPPORTED as kakeya_cuda_attend_with.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kakeya_cuda_require_options(
+    cuda: *const kakeya_cuda,
+    options: *const kakeya_attend_options,
+) -> kakeya_status {
+    boundary(|| {
+        let options = arguments_named("options", options)?;
+        // SAFETY: the header asks for a handle that is not released during the call.
+        let cuda = unsafe { handle(cuda) }?;
+        cuda.attention_for(options.soft_cap).map(|_| ())
+    })
+}
+
 /// Opens pages into dense rows, for prefill that continues a sequence, and for debugging.
 ///
 /// Errors: BAD_STRUCT_SIZE, BAD_DTYPE, OUT_OF_RANGE (layer, heads, count, strides), ALIASED,

@@ -13,7 +13,7 @@ use crate::cuda::{
 use crate::driver::Kernel;
 use crate::dtype::kakeya_dtype;
 use crate::error::{Outcome, refuse};
-use crate::kernels::{AppendParams, AttendParams, OpenParams, PlanParams, SealParams};
+use crate::kernels::{AppendParams, AttendKernel, AttendParams, OpenParams, PlanParams, SealParams};
 use crate::panic::boundary;
 use crate::status::kakeya_status::{self, *};
 use crate::tensor::{OpenBlocks, OpenSlots, Pages, Tensor, table};
@@ -185,8 +185,7 @@ impl kakeya_cuda {
             return refuse!(KAKEYA_ERR_OUT_OF_RANGE, "scale is {}; valid: a finite number", args.scale);
         }
         let soft_cap = options.map_or(0.0, |options| options.soft_cap);
-        check_soft_cap(soft_cap)?;
-        let chosen = attend.for_soft_cap(soft_cap)?;
+        let chosen = self.attention_for(soft_cap)?;
         let group = self.shape.num_q_heads / self.shape.num_kv_heads;
         let q_heads = limits.num_kv_heads as usize * group;
         let sinks_ptr = options.map_or(null(), |options| options.sinks);
@@ -268,6 +267,12 @@ impl kakeya_cuda {
             more: chosen.more.clone(),
             early: true,
         })
+    }
+
+    /// The kernel for a soft cap of scores, 0: none.
+    pub(crate) fn attention_for(&self, soft_cap: f32) -> Outcome<&AttendKernel> {
+        check_soft_cap(soft_cap)?;
+        self.kernels.attend.for_soft_cap(soft_cap)
     }
 
     /// Pages into dense rows.

@@ -53,8 +53,8 @@ pub use codec::{
 pub use cuda::{
     kakeya_cuda, kakeya_cuda_append, kakeya_cuda_archs, kakeya_cuda_attend, kakeya_cuda_attend_args,
     kakeya_cuda_attend_with, kakeya_cuda_buffers, kakeya_cuda_free, kakeya_cuda_limits, kakeya_cuda_new,
-    kakeya_cuda_open, kakeya_cuda_open_args, kakeya_cuda_plan, kakeya_cuda_plan_args, kakeya_cuda_seal,
-    kakeya_cuda_sizes, kakeya_cuda_write_args,
+    kakeya_cuda_open, kakeya_cuda_open_args, kakeya_cuda_plan, kakeya_cuda_plan_args,
+    kakeya_cuda_require_options, kakeya_cuda_seal, kakeya_cuda_sizes, kakeya_cuda_write_args,
 };
 pub use dtype::kakeya_dtype;
 pub use error::kakeya_last_error;
