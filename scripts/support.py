@@ -56,7 +56,6 @@ class Feature:
 
 
 NOT_RUN = "not run"
-NO_TEST = "no test"
 FEATURES = (
     Feature(
         "requests together equal each alone (continuous batching)",
@@ -265,7 +264,7 @@ FEATURES = (
 )
 
 # Words of a refusal as the sources have them ("…": what is filled in), why, and the tests that
-# show it. A refusal without a line here, and a line without a refusal, are errors.
+# show it. A refusal without a line here, a line without a refusal or without a test are errors.
 REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
     "Models": (
         ("MLA (multi-head", "not implemented: latents, not keys and values",
@@ -273,8 +272,10 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("ALiBi", "not implemented",
          ("support::layers_refused_by_name", "families::refused_by_name")),
         ("M-RoPE", "several positions a token", ("families::refused_by_name",)),
-        ("without attention layers", "there is nothing to compress", ()),
-        ("a hybrid model with sliding", "pages of a third size", ()),
+        ("without attention layers", "there is nothing to compress",
+         ("support::kinds_of_models_refused_by_name",)),
+        ("a hybrid model with sliding", "pages of a third size",
+         ("support::a_hybrid_model_with_windows_is_refused",)),
         ("sliding-window attention in all", "nothing grows with the context",
          ("support::models_refused_by_name", "families::refused_by_name")),
         ("sliding-window attention (window", "the same, where only a layer shows it",
@@ -287,29 +288,40 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
          ("families::refused_by_name",)),
         ("compressed layers in … KV cache groups", "vLLM cuts them so; pages would have several "
          "block tables", ("mixed::refused_by_name",)),
-        ("cross attention (an encoder", "another kind of cache", ()),
+        ("cross attention (an encoder", "another kind of cache",
+         ("support::kinds_of_models_refused_by_name",)),
         ("attention (encoder and cross", "another kind of cache",
          ("support::layers_refused_by_name",)),
         ("share another layer's KV cache", "another kind of cache",
          ("support::layers_refused_by_name", "families::refused_by_name")),
-        ("bidirectional attention over image", "not implemented", ()),
-        ("reference sliding-window", "not implemented", ()),
-        ("diffusion language models", "not implemented", ()),
+        ("bidirectional attention over image", "not implemented",
+         ("support::kinds_of_models_refused_by_name",)),
+        ("reference sliding-window", "not implemented",
+         ("support::kinds_of_models_refused_by_name",)),
+        ("diffusion language models", "not implemented",
+         ("support::kinds_of_models_refused_by_name",)),
         ("the attention option", "what it does to attention is not known",
          ("support::layers_refused_by_name",)),
-        ("value heads of another size", "a page holds K and V of one size", ()),
-        ("layers with differing heads", "a codec is made for one shape", ()),
-        ("several attention modules in layer", "an artefact has one entry a layer", ()),
-        ("does not hold exactly one layer number", "it could not be told apart", ()),
-        ("attention layers outside the model", "an artefact has no entry for them", ()),
+        ("value heads of another size", "a page holds K and V of one size",
+         ("support::layers_that_show_themselves_refused_by_name",)),
+        ("layers with differing heads", "a codec is made for one shape",
+         ("support::layers_that_no_codec_describes",)),
+        ("several attention modules in layer", "an artefact has one entry a layer",
+         ("support::layers_that_no_codec_describes",)),
+        ("does not hold exactly one layer number", "it could not be told apart",
+         ("support::layers_that_show_themselves_refused_by_name",)),
+        ("attention layers outside the model", "an artefact has no entry for them",
+         ("support::layers_that_no_codec_describes",)),
     ),
     "Rotary embeddings": (
         ("keys cannot be looked at", "how it turns them would be a guess",
          ("rope::keys_that_show_nothing_are_refused",)),
         ("keys are not turned by its angles", "they would be turned back by others",
          ("rope::keys_that_are_turned_otherwise_are_refused",)),
-        ("which has no angles for", "the same", ()),
-        ("which answers no cosines and sines", "its angles cannot be checked", ()),
+        ("which has no angles for", "the same",
+         ("rope::a_module_of_transformers_without_angles_for_a_layer_is_refused",)),
+        ("which answers no cosines and sines", "its angles cannot be checked",
+         ("rope::a_module_of_transformers_that_answers_one_tensor_is_refused",)),
         ("rotary embedding … of type …", "as for others of the kinds below",
          ("rope::other_kinds_of_transformers_are_refused",)),
         ("another scale in short contexts", "an artefact's means would be of the other scale",
@@ -323,11 +335,14 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("rotate only some layers", "a codec has the angles of all layers",
          ("rope::layers_without_rotation_are_refused", "families::refused_by_name")),
         ("several different rotary", "the same", ("rope::layers_that_differ_are_refused",)),
-        ("several rotary embeddings in", "which one a layer uses is not known", ()),
-        ("with several scaling factors", "which one a request uses is not known", ()),
+        ("several rotary embeddings in", "which one a layer uses is not known",
+         ("rope::two_rotary_embeddings_beside_one_layer_are_refused",)),
+        ("with several scaling factors", "which one a request uses is not known",
+         ("rope::several_scaling_factors_are_refused",)),
         ("does not follow its own frequencies", "keys would be turned by other angles",
          ("rope::a_table_that_disagrees_is_refused",)),
-        ("rotary embedding … of … channels", "the same", ()),
+        ("rotary embedding … of … channels", "the same",
+         ("rope::a_table_of_other_channels_is_refused",)),
     ),
     "Settings of vLLM": (
         ("block size …", "a page is one block",
@@ -336,8 +351,10 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
          ("support::options_refused_by_name", "doors::kv_cache_dtypes_that_are_refused")),
         ("prefix_match_unit …", "a page cannot be copied in part",
          ("support::options_refused_by_name",)),
-        ("kv_sharing_fast_prefill", "not tried", ()),
-        ("backend_per_kind for", "other kinds of layers have no pages", ()),
+        ("kv_sharing_fast_prefill", "not tried",
+         ("support::settings_of_the_cache_refused_by_name",)),
+        ("backend_per_kind for", "other kinds of layers have no pages",
+         ("support::settings_of_the_cache_refused_by_name",)),
         ("tensor-parallel ranks for", "attention takes all query heads of a KV head in one call",
          ("support::options_refused_by_name",)),
         ("(DCP)", "a step of a sequence must be in one place",
@@ -346,14 +363,16 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
         ("micro-batching", "the same", ("support::parallelism_refused_by_name",)),
         ("a hybrid model with pipeline", "a stage sees its own states only, and all have to agree "
          "on a block", ("hybrid::refused_by_name",)),
-        ("platform (valid: CPU, CUDA)", "nothing to run", ()),
+        ("platform (valid: CPU, CUDA)", "nothing to run",
+         ("support::another_platform_is_refused",)),
     ),
     "Speculation": (
         ("speculative tokens (at most two", "the pool of open blocks is made for two a sequence",
          ("support::speculation",)),
         ("speculative decoding with … (valid", "not tried",
          ("support::drafters_that_are_refused",)),
-        ("a draft model where either", "not tried", ()),
+        ("a draft model where either", "not tried",
+         ("support::a_drafter_beside_windows_is_refused",)),
         ("a hybrid model with speculative", "not tried", ("hybrid::refused_by_name",)),
         ("KAKEYA for the layers of a draft", "they have no recipe",
          ("support::drafters_that_are_refused",)),
@@ -367,7 +386,8 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
          "bring blocks of all groups",
          ("connectors::connectors_refused_by_name", "hybrid::refused_by_name")),
         ("KV connectors with pipeline", "not tried", ("connectors::connectors_refused_by_name",)),
-        ("KV connectors with drafts by", "not tried", ()),
+        ("KV connectors with drafts by", "not tried",
+         ("connectors::connectors_refused_by_name",)),
         ("with folder … in", "files need a place that all processes see",
          ("connectors::connectors_refused_by_name",)),
         ("with model …", "files are kept under a name",
@@ -376,7 +396,8 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
          ("connectors::connectors_refused_by_name",)),
         ("prefix_caching_hash_algo", "others are seeded by process, and collide",
          ("connectors::connectors_refused_by_name",)),
-        ("layers whose blocks or heads differ", "a file has one head's pages of all layers", ()),
+        ("layers whose blocks or heads differ", "a file has one head's pages of all layers",
+         ("connectors::layers_that_differ_are_refused",)),
         ("KV offloading without a GPU", "vLLM's connector needs one",
          ("support::options_refused_by_name", "connectors::connectors_refused_by_name")),
         ("KV offloading with … (valid", "names of its files hold no recipe",
@@ -386,7 +407,8 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
     "Settings of KAKEYA": (
         ("boundary layers in …", "where layers do not all keep every token: pages of yet another "
          "size", ("mixed::refused_by_name", "hybrid::refused_by_name")),
-        ("recipe … with …", "a recipe of the seed there: the same", ()),
+        ("recipe … with …", "a recipe of the seed there: the same",
+         ("support::settings_refused_by_name",)),
         ("KAKEYA_VERIFY=1 with a KV", "loaded pages have no checksum here",
          ("support::checks_of_pages_and_pages_of_others",)),
         ("KAKEYA_VERIFY=1 with CUDA graphs", "the checks wait for the device",
@@ -395,10 +417,12 @@ REFUSALS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
          ("verify::recipes_of_the_seed_and_graphs_are_refused",)),
         ("speculative decoding with recipe", "a block would be sealed twice, at 20 ms a head",
          ("seed_backend::options_refused_by_name",)),
-        ("… with a recipe of the seed", "soft caps and sinks: not implemented", ()),
+        ("… with a recipe of the seed", "soft caps and sinks: not implemented",
+         ("support::a_recipe_of_the_seed_beside_them_is_refused",)),
         ("recipe … on a GPU (it is served", "no kernels: `kakeya eval` simulates it",
          ("seed_backend::a_gpu_is_refused",)),
-        ("KAKEYA_PREFILL=sealed on a GPU", "prompts go through FlashAttention on raw K and V", ()),
+        ("KAKEYA_PREFILL=sealed on a GPU", "prompts go through FlashAttention on raw K and V",
+         ("support::settings_refused_by_name",)),
     ),
     "On a GPU": (
         ("built without kernels", "nothing to run", ("cuda::what_is_refused_on_a_gpu",)),
@@ -575,8 +599,10 @@ def refusal_tables(texts: list[str]) -> Iterator[str]:
                     "REFUSALS in scripts/support.py"
                 )
             left.difference_update(matching)
+            if not tests:
+                raise NotUnderstood(f"no test shows the refusal {words!r}")
             for text in matching:
-                yield f"| {_cell(text)} | {why} | {shown_by(tests) or NO_TEST} |"
+                yield f"| {_cell(text)} | {why} | {shown_by(tests)} |"
         yield ""
     if left:
         raise NotUnderstood(

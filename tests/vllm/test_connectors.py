@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from engines import BLOCK, Engine, Run, assert_same_run, engine, run_elsewhere, tokens
-from kakeya_vllm import transfer
+from kakeya_vllm import connector, transfer
 from kakeya_vllm.config import ConfigError
 from kakeya_vllm.page_folder import PageFolder, UnusablePage
+from kakeya_vllm.support import UnsupportedFeature
 
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -359,12 +360,13 @@ def unsupported(
     algorithm: str = "sha256",
     seed: bool = False,
     mixed: str = "",
+    drafts: str = "",
 ) -> str:
     """What transfer.features says of a configuration, as one text."""
     config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra),
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
-        speculative_config=None,
+        speculative_config=SimpleNamespace(method=drafts) if drafts else None,
         cache_config=SimpleNamespace(prefix_caching_hash_algo=algorithm),
     )
     return "; ".join(transfer.features(config, seed=seed, mixed=mixed))
@@ -383,6 +385,10 @@ def test_connectors_refused_by_name() -> None:
     }.items():
         assert reason in unsupported("KakeyaConnector", *arguments)
     assert "pipeline parallelism" in unsupported("KakeyaConnector", good, stages=2)
+    assert unsupported("KakeyaConnector", good, drafts="ngram") == ""
+    assert "KV connectors with drafts by eagle" in unsupported(
+        "KakeyaConnector", good, drafts="eagle"
+    )
     assert "KV connectors with a hybrid" in unsupported("KakeyaConnector", good, mixed="a hybrid")
     assert "recipe of the seed" in unsupported("KakeyaConnector", good, seed=True)
     assert "hash_algo xxhash" in unsupported("KakeyaConnector", good, algorithm="xxhash")
@@ -391,6 +397,18 @@ def test_connectors_refused_by_name() -> None:
     assert "KV offloading with TieringOffloadingSpec" in found
     assert "canonical_layout" in found
     assert ("KV offloading without a GPU" in found) == (not engines.on_gpu())
+
+
+@pytest.mark.parametrize("shapes", [[(9, 2), (9, 1)], [(9, 2), (8, 2)]])
+def test_layers_that_differ_are_refused(shapes: list[tuple[int, int]]) -> None:
+    mover = object.__new__(connector._Mover)
+    mover._config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={}),
+    )
+    mover._num_blocks = 9
+    caches = {f"layers.{i}.attn": torch.zeros(*shape, 1, 4) for i, shape in enumerate(shapes)}
+    with pytest.raises(UnsupportedFeature, match="whose blocks or heads differ in number"):
+        mover.register(caches)
 
 
 # --- vLLM's own offloading ----------------------------------------------------------------------

@@ -129,6 +129,27 @@ def test_other_kinds_are_refused(parameters: dict[str, Any], reason: str) -> Non
         rope.extract(make(parameters))
 
 
+def test_several_scaling_factors_are_refused() -> None:
+    module = copy.deepcopy(make({"rope_type": "linear", "factor": 2.0}))  # vLLM shares its modules
+    module.scaling_factors = [2.0, 4.0]
+    with pytest.raises(UnsupportedFeature, match="with several scaling factors"):
+        rope.extract(module)
+
+
+def test_a_table_of_other_channels_is_refused() -> None:
+    module = copy.deepcopy(make({}))
+    module.cos_sin_cache = module.cos_sin_cache[:, :32]
+    with pytest.raises(UnsupportedFeature, match="rotary embedding RotaryEmbedding of 32 channels"):
+        rope.extract(module)
+
+
+def test_two_rotary_embeddings_beside_one_layer_are_refused() -> None:
+    made = model(make({}))
+    made.layers[0].self_attn.other = make(YARN)
+    with pytest.raises(UnsupportedFeature, match=r"several rotary embeddings in layers\.0"):
+        rope._nearest_rotary(dict(made.named_modules()), *names(1))
+
+
 def longrope(longest: int, **more: Any) -> Any:
     """vLLM's module in an engine of this max_model_len."""
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -397,3 +418,18 @@ def test_a_module_of_transformers_that_answers_otherwise_is_refused() -> None:
     module.forward = lambda x, places: original(module, x, places + 1)
     with pytest.raises(UnsupportedFeature, match="does not follow its own frequencies"):
         find(root, keys, config=config)
+
+
+def test_a_module_of_transformers_without_angles_for_a_layer_is_refused() -> None:
+    module, config = SimpleNamespace(rope_type={"full_attention": "default"}), SimpleNamespace()
+    config.layer_types = ["sliding_attention"]
+    with pytest.raises(UnsupportedFeature, match=r"which has no angles for layers\.0"):
+        rope._layer_type(module, config, "layers.0.attn")
+
+
+def test_a_module_of_transformers_that_answers_one_tensor_is_refused() -> None:
+    module, config = of_transformers("llama")
+    answers = type(module).forward
+    module.forward = lambda *arguments: answers(module, *arguments)[0]
+    with pytest.raises(UnsupportedFeature, match="which answers no cosines and sines"):
+        rope.extract_of_transformers(module, "", config)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import engines
 import pytest
-from kakeya_vllm import lib, register, support, version
+from kakeya_vllm import lib, register, runtime, support, version
 from kakeya_vllm.config import ConfigError
+from kakeya_vllm.seed.impl import SeedImpl
 from kakeya_vllm.support import UnsupportedFeature
 
 pytestmark = pytest.mark.cpu_only
@@ -112,6 +114,149 @@ def test_models_refused_by_name(tmp_path: Path, model: dict[str, Any], feature: 
     with pytest.raises(UnsupportedFeature) as error:
         configure(tmp_path, model)
     assert feature in str(error.value)
+
+
+def a_model(layer_types: Sequence[str] = (), **more: Any) -> SimpleNamespace:
+    """As much of a ModelConfig as refusals look at."""
+    flags = ("use_mla", "is_encoder_decoder", "is_attention_free", "is_hybrid")
+    about = dict.fromkeys((*flags, "uses_alibi", "uses_mrope"), False)
+    about["hf_text_config"] = SimpleNamespace(layer_types=layer_types)
+    about["get_sliding_window"] = lambda: None
+    return SimpleNamespace(**about | more)
+
+
+WINDOWS = ("sliding_attention", "full_attention")
+
+
+@pytest.mark.parametrize(
+    ("change", "feature"),
+    [
+        ({"is_encoder_decoder": True}, "cross attention (an encoder-decoder model)"),
+        ({"is_attention_free": True}, "a model without attention layers"),
+        ({"is_mm_prefix_lm": True}, "bidirectional attention over image tokens (prefix LM)"),
+        ({"rswa_window": 512}, "reference sliding-window attention"),
+        ({"is_diffusion": True}, "diffusion language models"),
+    ],
+)
+def test_kinds_of_models_refused_by_name(change: dict[str, Any], feature: str) -> None:
+    assert support._model_features(a_model()) == []
+    assert support._model_features(a_model(**change)) == [feature]
+
+
+def test_a_hybrid_model_with_windows_is_refused() -> None:
+    config = SimpleNamespace(
+        model_config=a_model(WINDOWS, is_hybrid=True),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        speculative_config=None,
+    )
+    assert support._hybrid_features(config) == ["a hybrid model with sliding-window layers"]
+
+
+def test_settings_of_the_cache_refused_by_name() -> None:
+    cache = SimpleNamespace(
+        cache_dtype="auto", user_specified_block_size=False, kv_sharing_fast_prefill=True
+    )
+    config = SimpleNamespace(
+        cache_config=cache,
+        model_config=SimpleNamespace(dtype="torch.bfloat16"),
+        attention_config=SimpleNamespace(backend_per_kind={"mamba": "KAKEYA"}),
+    )
+    assert support._cache_features(config, lib.BLOCK_TOKENS) == [
+        "kv_sharing_fast_prefill",
+        "backend_per_kind for mamba (valid: full_attention only)",
+    ]
+
+
+def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    kind = type(current_platform)
+    monkeypatch.setattr(kind, "is_cpu", lambda _: False)
+    monkeypatch.setattr(kind, "device_name", "tpu")
+    assert support._platform_features(None) == ["the tpu platform (valid: CPU, CUDA)"]
+
+
+def test_a_drafter_beside_windows_is_refused() -> None:
+    for models in ((WINDOWS, ()), ((), WINDOWS)):
+        model, drafter = map(a_model, models)
+        speculative = SimpleNamespace(draft_model_config=drafter, attention_backend=None)
+        config = SimpleNamespace(
+            model_config=model,
+            speculative_config=speculative,
+            attention_config=SimpleNamespace(backend_per_kind=None),
+        )
+        (found,) = support._draft_model_features(config)
+        assert "a draft model where either model has sliding-window layers" in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "feature"),
+    [
+        ({"seed": SimpleNamespace(name="v1.3-ppl")}, a_model(is_hybrid=True), "with a hybrid"),
+        ({"seed": SimpleNamespace(name="v1.3-ppl")}, a_model(WINDOWS), "with a model that mixes"),
+        ({"prefill": "sealed"}, a_model(), "KAKEYA_PREFILL=sealed on a GPU (valid: raw)"),
+    ],
+)
+def test_settings_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], model: Any, feature: str
+) -> None:
+    from vllm.platforms import current_platform
+
+    plain = {"verify": False, "seed": None, "boundary_skip_layers": (), "prefill": "raw"}
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: "prefill" not in settings)
+    config = SimpleNamespace(model_config=model)
+    with pytest.raises(UnsupportedFeature) as error:
+        support.check_settings(SimpleNamespace(**plain | settings), config)
+    assert feature in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "feature"),
+    [
+        ({"head_size_v": 128}, "value heads of another size than key heads (128, 64)"),
+        ({"layer_name": "model.attn"}, "name does not hold exactly one layer number"),
+    ],
+)
+def test_layers_that_show_themselves_refused_by_name(change: dict[str, Any], feature: str) -> None:
+    layer = {"head_size": 64, "head_size_v": 64, "layer_name": "model.layers.3.attn"}
+    support.check_layer(SimpleNamespace(**layer))
+    with pytest.raises(UnsupportedFeature) as error:
+        support.check_layer(SimpleNamespace(**layer | change))
+    assert feature in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "heads", "feature"),
+    [
+        (["layers.0.attn", "layers.1.attn"], [2, 1], "layers with differing heads"),
+        (["layers.0.attn", "layers.0.other"], [2, 2], "several attention modules in layer 0"),
+        (["layers.0.attn", "layers.2.attn"], [2, 2], "attention layers outside the model's 2"),
+    ],
+)
+def test_layers_that_no_codec_describes(names: list[str], heads: list[int], feature: str) -> None:
+    shape = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 64}
+    config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=1))
+    layers = {
+        name: SimpleNamespace(num_kv_heads=count, head_size=64)
+        for name, count in zip(names, heads, strict=True)
+    }
+    with pytest.raises(UnsupportedFeature) as error:
+        runtime._check_layers(layers, shape, config)
+    assert feature in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("extras", "feature"),
+    [
+        ({"soft_cap": 30.0, "sinks": None}, "logits soft cap with a recipe of the seed"),
+        ({"soft_cap": 0.0, "sinks": object()}, "attention sinks with a recipe of the seed"),
+    ],
+)
+def test_a_recipe_of_the_seed_beside_them_is_refused(extras: dict[str, Any], feature: str) -> None:
+    layer = object.__new__(SeedImpl)
+    layer.__dict__.update(extras)
+    with pytest.raises(UnsupportedFeature, match=feature):
+        layer.bind(None, 0, 0)
 
 
 def test_heads_are_those_of_the_codec() -> None:
@@ -241,7 +386,6 @@ def test_first_kv_head_of_each_rank(
 ) -> None:
     """vLLM gives neighbouring ranks the same head when there are more ranks than heads."""
     import vllm.distributed
-    from kakeya_vllm import runtime
 
     config = SimpleNamespace(
         model_config=SimpleNamespace(get_total_num_kv_heads=lambda: kv_heads),

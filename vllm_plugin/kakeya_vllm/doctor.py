@@ -32,7 +32,7 @@ WAYS = {
     "KakeyaConnector with": 'docs/vllm.md, "Pages that leave the engine", has its settings',
     "KV offloading": "leave --kv-offloading-size away, or use KakeyaConnector",
     "KV connector": "use KakeyaConnector, or leave --kv-transfer-config away",
-    "speculative decoding with": "use n-gram drafts (on the CPU also a draft model), or no drafts",
+    "speculative decoding with": "use n-gram drafts, a draft model or EAGLE, or no drafts",
     "MLA": "use the stock cache; it is compressed by the model itself",
     "sliding-window": "use the stock cache for this model",
     "hybrid model": "leave that setting away, or use the stock cache for this model",
