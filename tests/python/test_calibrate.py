@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -249,6 +250,18 @@ def tiny_model(tmp_path_factory):
     import engines
 
     return engines.make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize(("backend", "invariant"), [(None, None), ("environment", "1")])
+def test_a_measuring_engine_is_not_batch_invariant(monkeypatch, backend, invariant):
+    """vLLM's batch-invariant products on a GPU take no float64."""
+    import vllm
+
+    for name in ("VLLM_BATCH_INVARIANT", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        monkeypatch.setenv(name, "1")  # the engine changes both; they are restored
+    made = lambda **_: os.environ.get("VLLM_BATCH_INVARIANT")  # noqa: E731
+    monkeypatch.setattr(vllm, "LLM", made, raising=False)
+    assert engine.in_process_engine("model", backend) == invariant
 
 
 def test_engine_capture_equals_transformers(tiny_model):

@@ -23,8 +23,6 @@ def prepare_environment() -> None:
     """Environment of an in-process engine. Call before the first import of torch or vllm."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # Calibration's products are float64, which vLLM's batch-invariant ones are not made for.
-    os.environ["VLLM_BATCH_INVARIANT"] = "0"
     # On the CPU vLLM would otherwise claim a share of all memory, and refuses to start where less
     # than that is free.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -83,6 +81,9 @@ def in_process_engine(model: str, backend: str | None = None, **settings: Any):
     """
     if backend != "environment":
         os.environ.pop("VLLM_ATTENTION_BACKEND", None)
+        # Calibration and simulated caches compute in float64, which vLLM's batch-invariant products
+        # are not made for.
+        os.environ.pop("VLLM_BATCH_INVARIANT", None)
     prepare_environment()
     from vllm import LLM
 
