@@ -199,9 +199,10 @@ def attention_layer(module: ModuleType) -> None:
             attention = vllm_config.attention_config
             prefix = kwargs.get("prefix", "")
             num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+            drafting = vllm_config.speculative_config is not None
             if (
                 kwargs.get("per_layer_sliding_window") is not None
-                or support.is_draft_layer(prefix, num_layers)
+                or (drafting and support.is_draft_layer(prefix, num_layers))
                 or support.layer_index(prefix) in config.current().boundary_skip_layers
             ):
                 saved = attention.backend, attention.backend_per_kind
