@@ -56,6 +56,24 @@ def on_gpu() -> bool:
     return current_platform.is_cuda()
 
 
+def need_gpus(count: int) -> None:
+    """Skip the test where vLLM runs on fewer GPUs. On the CPU ranks are processes."""
+    import pytest
+    import torch
+
+    if on_gpu() and torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+
+
+# Of a GPU's memory, for an engine beside what others hold.
+GPU_SHARE = 0.1
+
+
+def memory_arguments() -> list[str]:
+    """What a command line of vLLM needs besides, where other engines hold memory."""
+    return ["--gpu-memory-utilization", str(GPU_SHARE)] if on_gpu() else []
+
+
 def exact_dtype() -> str:
     """The type in which the model's products do not depend on how requests are batched: float32 on
     the CPU; on a GPU any, under INVARIANT."""
@@ -87,8 +105,7 @@ class Engine:
             "attention_backend": "KAKEYA",
         }
         if on_gpu():
-            # Of the GPU's memory, beside what engines hold that are closed.
-            defaults["gpu_memory_utilization"] = 0.1
+            defaults["gpu_memory_utilization"] = GPU_SHARE
         options = defaults | options
         if options["attention_backend"] is None:
             del options["attention_backend"]

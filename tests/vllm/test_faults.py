@@ -148,8 +148,7 @@ def test_a_killed_engine_core_ends_the_server(
     command += ["--max-num-seqs", "4", "--kv-cache-memory-bytes", str(engines.KV_BYTES)]
     command += ["--tensor-parallel-size", "1" if engines.on_gpu() else "2"]
     command += ["--served-model-name", "m", "--distributed-executor-backend", "mp"]
-    if engines.on_gpu():
-        command += ["--gpu-memory-utilization", "0.1"]
+    command += engines.memory_arguments()
     log = tmp_path / "log"
     address = f"http://127.0.0.1:{port}"
     with front_end(command, log, lambda text: "startup complete" in text) as (front, family):

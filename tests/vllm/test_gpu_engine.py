@@ -12,7 +12,6 @@ from typing import Any
 
 import engines
 import pytest
-import torch
 from engines import Run, assert_same_run
 
 pytestmark = pytest.mark.gpu
@@ -148,8 +147,7 @@ def test_all_boundary_layers_give_the_stock_tokens(smollm2: Path) -> None:
 
 
 def test_tensor_parallel_2_is_within_the_recipe(tiny: Path) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    engines.need_gpus(2)
     prompts = [engines.tokens(70 + i, n) for i, n in enumerate([300, 45, 129, 700])]
     options = {"skip_tokenizer_init": True, "dtype": "bfloat16", "enable_prefix_caching": False}
     two_gpus = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}

@@ -208,8 +208,7 @@ def test_doctor_counts_the_attention_layers(models: Any, tmp_path: Path) -> None
 def test_refused_by_name(
     models: Any, options: dict[str, Any], env: dict[str, str], feature: str
 ) -> None:
-    if engines.on_gpu() and torch.cuda.device_count() < options.get("pipeline_parallel_size", 1):
-        pytest.skip("needs two GPUs")
+    engines.need_gpus(options.get("pipeline_parallel_size", 1))
     with (
         pytest.raises(UnsupportedFeature, match=feature),
         engines.engine(models("granite"), env, **(mixed.OPTIONS | options)),

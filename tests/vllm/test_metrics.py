@@ -61,8 +61,7 @@ def address(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     arguments += ["--attention-backend", "KAKEYA", "--max-num-seqs", str(SEQS)]
     arguments += ["--kv-cache-memory-bytes", str(engines.KV_BYTES), "--dtype", "bfloat16"]
     arguments += ["--additional-config", json.dumps({"kakeya": settings})]
-    if engines.on_gpu():
-        arguments += ["--gpu-memory-utilization", "0.1"]
+    arguments += engines.memory_arguments()
     shell = {"KAKEYA_RECIPE": "kakeya-free-4.0x", "KAKEYA_BOUNDARY_SKIP_LAYERS": "1,2"}
     shell["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     log = tmp_path_factory.mktemp("server") / "log"

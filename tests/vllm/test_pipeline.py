@@ -49,8 +49,7 @@ def artefact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_two_stages_give_the_pages_of_one(tiny: Path, artefact: str) -> None:
     """Calibrated, with the model's last layer a boundary layer: the second of the second stage."""
-    if engines.on_gpu() and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    engines.need_gpus(2)
     env = SEALED | {"KAKEYA_CALIBRATION": artefact, "KAKEYA_BOUNDARY_SKIP_LAYERS": "3"}
     with engine(tiny, env, **OPTIONS) as one:
         runs = one.run(PROMPTS, 20)

@@ -17,7 +17,6 @@ from typing import Any
 
 import engines
 import pytest
-import torch
 from engines import assert_same_run, engine, run_elsewhere, tokens
 
 
@@ -115,9 +114,7 @@ def serving() -> list[str]:
     arguments = ["--max-model-len", "1024", "--dtype", DTYPE, "--enforce-eager"]
     arguments += ["--attention-backend", "KAKEYA", "--served-model-name", "m"]
     arguments += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(engines.KV_BYTES)]
-    if engines.on_gpu():
-        arguments += ["--gpu-memory-utilization", "0.1"]
-    return arguments
+    return arguments + engines.memory_arguments()
 
 
 BODY = {"model": "m", "temperature": 0, "max_tokens": COUNT, "ignore_eos": True}
@@ -144,8 +141,7 @@ def test_two_data_parallel_engines_give_the_same_text(
     smollm2: Path, in_process: list[engines.Run], tmp_path: Path
 ) -> None:
     """Each with a cache and open blocks of its own; vLLM hands requests to the less busy one."""
-    if engines.on_gpu() and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    engines.need_gpus(2)
     log = tmp_path / "server.log"
     # The engines may share this machine's cores; vLLM would otherwise want a NUMA node each.
     env = LOGGED | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -196,8 +192,7 @@ def test_chunked_prefill_is_within_the_recipes_tolerance(
 
 def test_tensor_parallel_2_gives_the_same_codes_as_1(tiny: Path) -> None:
     prompts = [tokens(70, 300)]
-    if engines.on_gpu() and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    engines.need_gpus(2)
     options = {"skip_tokenizer_init": True, "dtype": DTYPE, "enable_prefix_caching": False}
     with engine(tiny, **options) as one:
         (run,) = one.run(prompts, 8)
