@@ -34,33 +34,36 @@ KAKEYA_ATTEND_ALL(128)
 KAKEYA_ATTEND_ALL(256)
 #endif
 
-// What a launcher has to know of each (head_dim, rows), for it to read from the module: the same for all quantisers.
+// What a launcher has to know of each (head_dim, quantiser, rows), for it to read from the module.
 //   blocks of the grid's x    blocks_per_sm x multiprocessors
 //   stages                    as many as fit (at least min_stages, at most 8 are of use) into the multiprocessor's
 //                             shared memory / blocks_per_sm - 1 KiB, each page_bytes, after fixed_shared
 //   workspace, floats         passes x (blocks + sequences x KV heads) x rows x (head_dim + 2)
 //   counters, int32           passes x sequences x KV heads, zero before the first launch
 struct AttendInfo {
-  int32_t head_dim, rows, threads, fixed_shared, blocks_per_sm, min_stages;
+  int32_t head_dim, quantizer, rows, threads, fixed_shared, blocks_per_sm, min_stages;
 };
 
-template <int D, int ROWS>
+template <int D, int Q, int ROWS>
 constexpr AttendInfo attend_info() {
-  return {D, ROWS, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kFixed, blocks_per_sm<D, kUniform, ROWS>(), 3};
+  return {D, Q, ROWS, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kFixed, blocks_per_sm<D, Q, ROWS>(), 3};
 }
+
+#define KAKEYA_INFO_ROWS(D, Q) attend_info<D, Q, 4>(), attend_info<D, Q, 8>(), attend_info<D, Q, 16>()
+#define KAKEYA_INFO(D) KAKEYA_INFO_ROWS(D, kUniform), KAKEYA_INFO_ROWS(D, kCubic), KAKEYA_INFO_ROWS(D, kTrellis)
 
 extern "C" __device__ const AttendInfo kakeya_attend_info[] = {
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 64
-    attend_info<64, 4>(),  attend_info<64, 8>(),  attend_info<64, 16>(),
+    KAKEYA_INFO(64),
 #endif
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 96
-    attend_info<96, 4>(),  attend_info<96, 8>(),  attend_info<96, 16>(),
+    KAKEYA_INFO(96),
 #endif
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 128
-    attend_info<128, 4>(), attend_info<128, 8>(), attend_info<128, 16>(),
+    KAKEYA_INFO(128),
 #endif
 #if !defined(KAKEYA_HEAD_DIM) || KAKEYA_HEAD_DIM == 256
-    attend_info<256, 4>(), attend_info<256, 8>(), attend_info<256, 16>(),
+    KAKEYA_INFO(256),
 #endif
 };
 

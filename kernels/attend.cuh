@@ -39,15 +39,17 @@ namespace kakeya {
 // A place in the list of work units: sequence by sequence, head by head, sealed pages and then open blocks.
 struct AttendCursor {
   int sequence, head, unit, units, pages;
+  int tokens, length;  // of this step, and in all
 };
 
 // State of the transfers: the next sealed page, and where it goes.
-struct AttendFetch {
-  AttendCursor cursor;
+struct alignas(16) AttendFetch {
+  const int32_t *next;  // its place in the block table
+  int left;             // pages of the cursor's item in this block's range, the next one included; 0: nothing is left
   int stage;
-  int left;  // pages of the cursor's item in this block's range, the next one included
-  int at;
-  int more;  // 0: nothing is left
+  const uint8_t *pages;  // of the cursor's head
+  int at;                // where the item after the cursor's begins
+  AttendCursor cursor;   // the item's first page in this block's range
 };
 
 // Rows that a partial result has room for: what the launcher says, or without a cap a constant.
@@ -96,7 +98,6 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
   const uint32_t page_bytes;
   const int stages, pairs;
   const bool calibrated;
-  const uint32_t my_regs;   // byte of this lane's registers of its warp's unit, 8 columns
   const uint32_t my_query;  // shared address of this lane's registers of the query
   // Shared address of this lane's partial scores, from the first owner's on.
   const uint32_t my_part;
@@ -112,17 +113,17 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
   int k_width, v_width;
   uint32_t k_unit, v_unit, k_stride, v_stride;  // offsets in a page, bytes from group to group
   UnitPast k_past, v_past;
-  uint32_t k_gamma, v_gamma, magic;  // see Dequant::run
+  uint32_t k_gamma, v_gamma, magic;  // see Dequant::run; of uniform codes -(2^width - 1) / 2 twice as fp16
   float k_undo;                      // from a slot's deviations to the scale of scores
   uint32_t side, slots, num_slots;
   float stat_mean[S::kStats], stat_step[S::kStats], stat_scale[S::kStats], stat_zero[S::kStats];
-  int stat_index[S::kStats];
-  uint32_t value_at[S::kStats];
+  uint32_t value_at;                     // of two statistics
   uint32_t query_at, mean_at;            // (a, b): two places
   float qa[kPerThread], qb[kPerThread];  // the query at the centre of the next page to prepare
   float turn_cos, turn_sin;              // by a block
-  // Offsets in a page: this lane's bytes of a K slot, of two V slots, and these slots' scales.
-  uint32_t k_slot, k_slot_scale, v_slot, v_slot_scale;
+  // Offsets in a page: this lane's bytes of a K slot, of two V slots; << 16: of their scales. The launcher knows that
+  // pages are no larger.
+  uint32_t k_slot, v_slot;
 
   // Cosines and sines of all channel pairs at the offsets of the upper tile of this warp's pair of tiles.
   uint32_t table[S::kPairSteps][2][4];
@@ -148,8 +149,7 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
         stages(int(stages)),
         pairs(int(t.pairs)),
         calibrated(t.calibrated != 0),
-        my_regs(opaque((warp * 32 + lane) * kRegs * 4)),
-        my_query(opaque(!R::kSplit   ? shared + M::kQuery + my_regs
+        my_query(opaque(!R::kSplit   ? shared + M::kQuery + my_regs()
                         : g % 2 == 0 ? shared + M::kQuery + (warp * 16 + 4 * (g / 2) + t4) * kRegs * 4
                                      : shared + M::kZero)),
         my_part(opaque(shared + M::kPart + lane * kScores * 4))
@@ -160,6 +160,8 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
   {
   }
 
+  // Byte of this lane's registers of its warp's unit, 8 columns.
+  KAKEYA_D uint32_t my_regs() const { return (warp * 32 + lane) * kRegs * 4; }
   // Rows of a thread's column, tokens of its scores.
   KAKEYA_D int row_of(int n, int c) const { return R::kSplit ? t4 : 8 * n + 2 * t4 + c; }
   KAKEYA_D int my_token(int tile, int m) const { return tile_token(warp * S::kWarpTiles + tile, g + 8 * m); }
@@ -168,10 +170,7 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
 
   // ---- the list of work units, and transfers: attend_work.cuh ------------------------------------------------------
 
-  KAKEYA_D int rows_of(int sequence) const { return (p.query_start[sequence + 1] - p.query_start[sequence]) * p.group; }
-  KAKEYA_D SequenceBlocks blocks_of(int sequence) const {
-    return sequence_blocks(p.query_start[sequence + 1] - p.query_start[sequence], p.seq_lens[sequence]);
-  }
+  KAKEYA_D int rows_of(const AttendCursor &c) const { return c.tokens * p.group; }
   KAKEYA_D int total_units() const { return cumulative[p.num_seqs] * p.num_kv_heads; }
   // What is divided evenly among thread blocks: units, or whole items, so that no result depends on where others end.
   KAKEYA_D int total_shares() const { return p.batch_invariant ? p.num_seqs * p.num_kv_heads : total_units(); }
@@ -184,11 +183,10 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
   }
   KAKEYA_D uint32_t stage_at(int stage) const { return shared + M::kStages + stage * page_bytes; }
 
+  KAKEYA_D void enter_sequence(AttendCursor &c) const;
   KAKEYA_D AttendCursor seek(int at) const;
   KAKEYA_D AttendCursor following(AttendCursor c) const;
-  KAKEYA_D void fetch_begin();
-  KAKEYA_D void fetch_item();
-  KAKEYA_D void fetch_look_up();
+  KAKEYA_D void fetch_item(AttendCursor c, int at);
   KAKEYA_D void fetch_page();
 #if !KAKEYA_BULK
   KAKEYA_D void copy_async(uint32_t dst, const void *src, uint32_t bytes) const;
@@ -197,22 +195,12 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
 
   // ---- a segment's own values: attend_segment.cuh ------------------------------------------------------------------
 
-  KAKEYA_D float grid_alpha(int width) const { return __uint_as_float(t.at<uint32_t>(t.grids)[4 * width]); }
-
-  // A width's alphabet as factor * U (U^2 + gamma), U = 4 y, gamma twice as fp16.
-  struct Alphabet {
-    uint32_t gamma;
-    float factor;
-  };
-  KAKEYA_D Alphabet alphabet(int width) const {
-    const uint2 x = __ldg(t.at<uint2>(t.alphabets) + width);
-    return {x.x, __uint_as_float(x.y)};
-  }
-
   // Whether this warp has units; one without has tiles only. Where streams list widths, one more has none.
   KAKEYA_D bool has_unit() const { return S::kWarps == S::kUnits || warp < S::kUnits; }
   // A wide K unit goes with a narrow V unit: channels are in falling order of width.
   KAKEYA_D int value_unit() const { return has_unit() ? S::kUnits - 1 - warp : S::kUnits; }
+
+  static KAKEYA_D UnitPast unit_past(uint32_t before) { return {64 * before, before ? ~0u : 0u, before == 1}; }
 
   KAKEYA_D bool is_f16() const { return p.element == kF16; }
   KAKEYA_D float load_element(const void *base, int64_t at) const {
@@ -220,11 +208,6 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
                     : __bfloat162float(static_cast<const __nv_bfloat16 *>(base)[at]);
   }
 
-  // Canonical channels of pair f: the pair's own if it rotates, else two that do not.
-  KAKEYA_D int2 pair_channels(int f) const { return f < pairs ? make_int2(f, f + pairs) : make_int2(2 * f, 2 * f + 1); }
-
-  KAKEYA_D void find_unit(const uint8_t *widths, int u, uint32_t &offset, uint32_t &total, UnitPast &past) const;
-  KAKEYA_D void slot_constants(float k_factor, float v_factor);
   KAKEYA_D void begin_segment(const AttendCursor &c);
 
   // ---- the query of the next page, or of open blocks: attend_prepare.cuh -------------------------------------------
@@ -287,12 +270,17 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
   }
 
   static KAKEYA_D void fold(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]);
+  static KAKEYA_D void gather_columns(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]);
   KAKEYA_D void hand_over(int pair, const float (&acc)[2][NB][4], uint32_t &part, float (&own)[kScores]) const;
-  KAKEYA_D void mean_scores(float (&own)[kScores]) const;
+  template <bool SLOTS>
+  KAKEYA_D void first_scores(uint32_t page, const uint32_t (&q)[NB][kRegs], float (&own)[kScores],
+                             float (&zero)[NB][NC]) const;
   template <int W>
-  KAKEYA_D void score_unit(uint32_t page, const uint32_t (&q)[NB][kRegs], float (&own)[kScores]) const;
+  KAKEYA_D void score_unit(uint32_t page, const uint32_t (&q)[NB][kRegs], const float (&zero)[NB][NC],
+                           float (&own)[kScores]) const;
   KAKEYA_D void no_scores(float (&own)[kScores]) const;
-  KAKEYA_D void slot_scores(uint32_t page, const uint32_t (&q)[NB][kRegs]) const;
+  template <bool SLOTS>
+  KAKEYA_D float load_slots(uint32_t page, uint32_t (&e)[kRegs], uint32_t (&z)[kRegs]) const;
   KAKEYA_D void scores(uint32_t page, float (&own)[kScores]) const;
 
   // ---- softmax: attend_softmax.cuh ---------------------------------------------------------------------------------
@@ -303,7 +291,7 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
   KAKEYA_D void load_probs(uint32_t (&b)[4], int n, int x) const { load_transposed(b, prob_at(n, 32 * x + lane)); }
 
   KAKEYA_D void gather(float (&s)[kScores]) const;
-  KAKEYA_D void gather_slots(uint32_t page, float (&s)[kScores]) const;
+  KAKEYA_D void place_slots(uint32_t page) const;
   KAKEYA_D void cap_scores(float (&s)[kScores], float unit) const;
   KAKEYA_D void hide_rows(float (&s)[kScores]) const;
   template <bool RAW>

@@ -8,8 +8,7 @@ namespace kakeya {
 // Attention of the rows whose tokens lie in an open block over its tokens up to their own.
 template <int D, int Q, int ROWS, bool CAPPED>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::open_block(const AttendCursor &c, int index) {
-  const int len = p.seq_lens[c.sequence];
-  const int history = len - (p.query_start[c.sequence + 1] - p.query_start[c.sequence]);
+  const int len = c.length, history = len - c.tokens;
   const int block = p.block_table[c.sequence * p.block_table_stride + index];
   const int slot = p.open_slot[block];
   // Without a slot there is nothing to read: no token counts, and a result of nothing is not a number.
@@ -23,7 +22,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::open_block(const AttendCursor &c, int 
 #pragma unroll
     for (int n = 0; n < NB; ++n) {
       if (has_unit())
-        load_regs(q[n], shared + M::kRawQuery + my_regs + n * kTileBytes);
+        load_regs(q[n], shared + M::kRawQuery + my_regs() + n * kTileBytes);
       else
 #pragma unroll
         for (int r = 0; r < kRegs; ++r) q[n][r] = 0;

@@ -13,30 +13,39 @@ template <int D, int Q, int ROWS, bool CAPPED>
 template <bool CALIBRATED>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::prepare(uint32_t page, uint32_t value) {
   if (!has_unit()) return;
-  const uint32_t s = page + side;
+  // Statistics lie pair by pair, as threads do.
+  const uint32_t s = page + side, own = s + S::kStats * (32 * warp + lane);
+  uint32_t codes, rest;
+  if constexpr (CALIBRATED) {
+    const int f = (32 * warp + lane) / S::kPairThreads, first = lane % S::kPairThreads * S::kStats;
+    codes = S::kStats == 2 ? lds_u16(own) : lds_u8(own);
+    rest = lds_u8(s + 2 * D + (first / 2 ? D / 4 : 0) + f / 2) >> (4 * (f & 1) + 2 * (first & 1));
+  } else {
+    codes = S::kStats == 2 ? lds_u16(own) : lds_u8(own);
+    rest = S::kStats == 2 ? lds_u32(own + 2 * D + S::kStats * (32 * warp + lane))
+                          : lds_u16(own + 2 * D + S::kStats * (32 * warp + lane));
+  }
   float scale[S::kStats], base[S::kStats];
 #pragma unroll
   for (int e = 0; e < S::kStats; ++e) {
-    const int i = stat_index[e];
     float mean;
     if constexpr (CALIBRATED) {
-      const uint32_t code = lds_u8(s + (i >> 1)) >> 4 * (i & 1) & 15u;
-      const uint32_t low = lds_u8(s + D + (i >> 1)) >> 4 * (i & 1) & 15u;
-      const uint32_t high = lds_u8(s + 2 * D + (i >> 2)) >> 2 * (i & 3) & 3u;
-      scale[e] = lds_f32(shared + M::kFactors + 4 * code);
-      mean = float(int(low | high << 4)) * stat_step[e];  // 32 steps less: in stat_mean
+      scale[e] = lds_f32(shared + M::kFactors + 4 * (codes >> 8 * e & 15u));
+      // 32 steps less: in stat_mean.
+      mean = float(int((codes >> (8 * e + 4) & 15u) | (rest >> 2 * e & 3u) << 4)) * stat_step[e];
     } else {
       // One of 256 deviations 2^((code - 128) / 8).
-      scale[e] = exp2_fast(0.125f * float(int(lds_u8(s + i)) - 128));
-      mean = half_low(lds_u16(s + 2 * D + 2 * i));
+      scale[e] = exp2_fast(0.125f * float(int(codes >> 8 * e & 255u) - 128));
+      mean = e ? half_high(rest) : half_low(rest);
     }
     scale[e] *= stat_scale[e];
     base[e] = stat_mean[e] + mean;
   }
-  if (thread % S::kPairThreads * S::kStats >= 2)
+  if (lane % S::kPairThreads * S::kStats >= 2)
 #pragma unroll
     for (int e = 0; e < S::kStats; ++e)
-      sts_f32x2(shared + M::kValue + value * (D * 8) + value_at[e], scale[e], base[e] + scale[e] * stat_zero[e]);
+      sts_f32x2(shared + M::kValue + value * (D * 8) + (e ? value_at >> 16 : value_at & 0xffffu), scale[e],
+                base[e] + scale[e] * stat_zero[e]);
   const float scale_a = of_k(scale, 0), scale_b = of_k(scale, 1), base_a = of_k(base, 0), base_b = of_k(base, 1);
   const uint32_t query = shared + M::kQuery, means = shared + M::kMean + mean_at;
   const uint32_t at_a = query + (query_at & 0xffffu), at_b = query + (query_at >> 16);
@@ -59,7 +68,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::prepare(uint32_t page, uint32_t value)
 // The raw query of a segment, element type, for open blocks.
 template <int D, int Q, int ROWS, bool CAPPED>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::prepare_raw(const AttendCursor &c) {
-  const int rows = rows_of(c.sequence);
+  const int rows = rows_of(c);
   for (int i = thread; i < NB * 8 * D; i += S::kThreads) {
     const int column = i / D, channel = i % D;
     const int row = R::kSplit ? column / 2 : column;

@@ -10,7 +10,6 @@ namespace kakeya {
 template <int D, int Q, int ROWS, bool CAPPED>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::flush(const AttendCursor &c, bool whole, int item_begin, int item_end) {
   const uint32_t coded = shared + M::kCoded, plain = shared + M::kPlain, totals = shared + M::kTotals;
-  const uint16_t *order = head_view(t, p.layer, p.first_head + c.head).v.order + value_unit() * S::kUnitChannels;
   __syncthreads();
   if (has_unit())
 #pragma unroll
@@ -22,14 +21,15 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::flush(const AttendCursor &c, bool whol
         for (int i = 0; i < S::kTiles; ++i)
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            sts_f32(coded + (row * D + order[16 * i + 8 * r + g]) * 4, out[n][i][r][e]);
+            const uint32_t channel = lds_u8(shared + M::kOrder + warp * 32 + 16 * i + 8 * r + g);
+            sts_f32(coded + (row * D + channel) * 4, out[n][i][r][e]);
             sts_f32(plain + (row * D + value_unit() * S::kUnitChannels + 16 * i + 2 * g + r) * 4,
                     R::kSplit ? raw[n][i][2 * r] + raw[n][i][2 * r + 1] : raw[n][i][2 * r + e]);
           }
         if (warp == 0 && g == 0) sts_f32x2(totals + row * 8, peak[n][e], sum[n][e]);
       }
   __syncthreads();
-  const int rows = min(rows_of(c.sequence) - chunk_row, ROWS);
+  const int rows = min(rows_of(c) - chunk_row, ROWS);
   const int item = c.sequence * p.num_kv_heads + c.head;
   const int64_t records = gridDim.x + int64_t(p.num_seqs) * p.num_kv_heads;
   float *record = p.workspace + (blockIdx.y * records + blockIdx.x + item) * record_floats();

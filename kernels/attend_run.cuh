@@ -33,15 +33,18 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::run() {
   }
   if (calibrated && thread < 16) sts_f32(shared + M::kFactors + 4 * thread, t.at<float>(t.factors)[thread]);
   if (thread < 4) sts_u32(shared + M::kZero + 4 * thread, 0);
+  AttendCursor c = seek(begin);
 #if KAKEYA_BULK
   if (thread == 0) {
     for (int i = 0; i < stages; ++i) barrier_init(shared + M::kBarriers + 8 * i, 1);
     barriers_made();
-    fetch_begin();
+    fetch.stage = 0;
+    fetch_item(c, begin);
     for (int i = 0; i + 1 < stages; ++i) fetch_page();
   }
 #else
-  fetch_begin();
+  fetch.stage = 0;
+  fetch_item(c, begin);
   for (int i = 0; i + 1 < stages; ++i) fetch_page();
 #endif
   // Nobody waits here for the first transfers to be under way: segment() does, with its own loads on their way.
@@ -49,10 +52,9 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::run() {
   magic = opaque(0x64006400u);
   int stage = 0;
   uint32_t parity = 0;
-  AttendCursor c = seek(begin);
   for (int at = begin; at < end;) {
     const int count = min(end - at, c.units - c.unit);
-    if (rows_of(c.sequence) > chunk_row) {
+    if (rows_of(c) > chunk_row) {
       if (calibrated)
         segment<true>(c, count, at, stage, parity);
       else
@@ -93,14 +95,12 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::segment(const AttendCursor &c, int cou
     float s[kScores];
     scores(page, s);
     __syncthreads();
-    // All warps are done with the page before: its stage takes the next transfer.
-#if KAKEYA_BULK
-    if (thread == 0) fetch_page();
-#else
-    fetch_page();
+    // All warps are done with the page before this one: its stage takes the next transfer.
+#if !KAKEYA_BULK
+    fetch_page();  // await_page() counts on it
 #endif
+    if (num_slots) place_slots(page);
     gather(s);
-    gather_slots(page, s);
     if constexpr (CAPPED) cap_scores(s, kScoreUnit);
     const uint32_t now = page;
     if (--left)
@@ -108,6 +108,10 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::segment(const AttendCursor &c, int cou
     else if (c.unit + count >= c.pages)
       hide_rows(s);
     softmax<false>(s);
+#if KAKEYA_BULK
+    // There is time until the next barrier, and warps that wait for none meanwhile.
+    if (warp == 0 && lane == 0) fetch_page();
+#endif
     values(now, buffer);
     buffer ^= 1;
   }
@@ -122,9 +126,10 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::segment(const AttendCursor &c, int cou
     __syncthreads();  // other warps may still read the last page's probabilities, whose memory partial scores share
     prepare_raw(c);
   }
+  const int first_open = sequence_blocks(c.tokens, c.length).first_open;
   for (int u = max(c.unit, c.pages); u < c.unit + count; ++u) {
     __syncthreads();
-    open_block(c, blocks_of(c.sequence).first_open + u - c.pages);
+    open_block(c, first_open + u - c.pages);
   }
   const int item_begin = at - c.unit;
   flush(c, count == c.units, item_begin, item_begin + c.units);

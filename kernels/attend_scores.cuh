@@ -20,6 +20,19 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fold(const float (&acc)[2][NB][4], flo
               R::kSplit ? acc[tile][n][2 * m] + acc[tile][n][2 * m + 1] : acc[tile][n][2 * m + c];
 }
 
+// The same where split columns are of codes alone, whose odd columns are empty.
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::gather_columns(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]) {
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < NB; ++n)
+#pragma unroll
+        for (int c = 0; c < NC; ++c) x[tile][(m * NB + n) * NC + c] = acc[tile][n][2 * m + c];
+}
+
 // Leaves the partial scores of a pair of tiles with their owners, or adds them to `own`. Pairs come one after the
 // other, `part` is the next owner's.
 template <int D, int Q, int ROWS, bool CAPPED>
@@ -27,7 +40,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::hand_over(int pair, const float (&acc)
                                                     float (&own)[kScores]) const {
   constexpr int N = 2 * NB * NC, owners = 2 / S::kWarpTiles;
   float x[2][N];
-  fold(acc, x);
+  gather_columns(acc, x);
 #pragma unroll
   for (int i = 0; i < owners; ++i) {
     if (owners * pair + i == warp) {
@@ -41,10 +54,18 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::hand_over(int pair, const float (&acc)
   }
 }
 
-// The mean's part of this warp's tokens.
+// What all of a page's scores begin with: the mean's part of this warp's tokens, the exact slots' part of this warp's
+// unit if there are SLOTS, and what the zero point of its codes adds to every token. Loads first, then all products:
+// the chains of one hide the others' latencies.
 template <int D, int Q, int ROWS, bool CAPPED>
-KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::mean_scores(float (&own)[kScores]) const {
-  float acc[2][NB][4];  // cosines, sines
+template <bool SLOTS>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::first_scores(uint32_t page, const uint32_t (&q)[NB][kRegs],
+                                                       float (&own)[kScores], float (&zero)[NB][NC]) const {
+  // Rows of one product: the slots, and below them what stands for codes of the zero point.
+  uint32_t e[kRegs], z[kRegs];
+  const float scale = load_slots<SLOTS>(page, e, z);
+  constexpr int kAhead = R::kMeanTiles == 1 ? S::kPairSteps : 1;  // registers allow no more
+  float acc[2][NB][4];                                            // cosines, sines
 #pragma unroll
   for (int n = 0; n < NB; ++n)
 #pragma unroll
@@ -52,12 +73,34 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::mean_scores(float (&own)[kScores]) con
 #pragma unroll
   for (int n = 0; n < R::kMeanTiles; ++n)
 #pragma unroll
-    for (int s = 0; s < S::kPairSteps; ++s) {
-      const uint4 b = lds_u128(shared + M::kMean + n * kTileBytes + s * 512 + lane * 16);
-      const uint32_t (&c)[4] = table[s][0], (&d)[4] = table[s][1];
-      mma(acc[0][n % NB], c[0], c[1], c[2], c[3], b.x, b.y);
-      mma(acc[1][n % NB], d[0], d[1], d[2], d[3], b.z, b.w);
+    for (int s = 0; s < S::kPairSteps; s += kAhead) {
+      uint4 b[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) b[i] = lds_u128(shared + M::kMean + n * kTileBytes + (s + i) * 512 + lane * 16);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const uint32_t (&c)[4] = table[s + i][0], (&d)[4] = table[s + i][1];
+        mma(acc[0][n % NB], c[0], c[1], c[2], c[3], b[i].x, b[i].y);
+        mma(acc[1][n % NB], d[0], d[1], d[2], d[3], b[i].z, b[i].w);
+      }
     }
+#pragma unroll
+  for (int n = 0; n < NB; ++n) {
+    float x[4] = {0, 0, 0, 0};
+    if constexpr (SLOTS || Q == kUniform)
+#pragma unroll
+      for (int i = 0; i < S::kTiles; ++i)
+        mma(x, e[2 * i], z[2 * i], e[2 * i + 1], z[2 * i + 1], q[n][2 * i], q[n][2 * i + 1]);
+#pragma unroll
+    for (int c = 0; c < NC; ++c) zero[n][c] = x[2 + c] * (1.0f / kScoreUnit);
+    if constexpr (SLOTS) {
+      const uint32_t at = slot_score_at(g, warp, row_of(n, 0));
+      if constexpr (R::kSplit)
+        sts_f32(at, x[0] * scale);
+      else
+        sts_f32x2(at, x[0] * scale, x[1] * scale);
+    }
+  }
   constexpr int N = 2 * NB * NC;
   float x[2][N];
   fold(acc, x);
@@ -70,29 +113,11 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::mean_scores(float (&own)[kScores]) con
   }
 }
 
-// Partial scores of this warp's unit with width W; its own tokens' are added to `own`.
+// Partial scores of this warp's unit with width W; its own tokens' are added to `own`. `zero`: of its zero point.
 template <int D, int Q, int ROWS, bool CAPPED>
 template <int W>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::score_unit(uint32_t page, const uint32_t (&q)[NB][kRegs],
-                                                     float (&own)[kScores]) const {
-  float zero[NB][4];
-#pragma unroll
-  for (int n = 0; n < NB; ++n) {
-    zero[n][0] = zero[n][1] = zero[n][2] = zero[n][3] = 0.0f;
-    if constexpr (Q == kUniform) {
-      // The codes' zero point, (2^W - 1) / 2 of each: the same for all tokens, and where all sums begin.
-#pragma unroll
-      for (int i = 0; i < S::kTiles; ++i) {
-        constexpr int m = (1 << W) - 1;
-        // Minus half of what stands for a code of ones, 2^20 times: -m / 2 * 2^(bit - 24) would be no normal number.
-        const uint32_t z0 = both(half_constant(-m, code_bit(W, 2 * i, kNarrow) - 5));
-        const uint32_t z1 = both(half_constant(-m, code_bit(W, 2 * i + 1, kNarrow) - 5));
-        mma(zero[n], z0, z0, z1, z1, q[n][2 * i], q[n][2 * i + 1]);
-      }
-#pragma unroll
-      for (int k = 0; k < 4; ++k) zero[n][k] *= 1.0f / kScoreUnit;
-    }
-  }
+                                                     const float (&zero)[NB][NC], float (&own)[kScores]) const {
   constexpr int kEach = kNarrow ? 1 : 2;  // groups of a pair of tiles
   uint32_t at = page + k_unit, part = my_part + first_part();
   const auto load = [&](UnitWords(&words)[kEach]) {
@@ -103,7 +128,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::score_unit(uint32_t page, const uint32
 #pragma unroll
     for (int n = 0; n < NB; ++n)
 #pragma unroll
-      for (int k = 0; k < 4; ++k) acc[0][n][k] = acc[1][n][k] = zero[n][k];
+      for (int k = 0; k < 4; ++k) acc[0][n][k] = acc[1][n][k] = R::kSplit ? 0.0f : zero[n][k % NC];
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       uint32_t f[4][2];
@@ -119,28 +144,41 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::score_unit(uint32_t page, const uint32
         }
       }
     }
-  };
-  float acc[2][NB][4];
-  if constexpr (kUnroll > 1 && S::kWarpTiles == 2) {
-    // From the own pair of tiles on: which is the own is then known when the kernel is compiled.
+    // Split columns: the odd ones are empty and take nothing.
+    if constexpr (R::kSplit && Q == kUniform)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int pair = (warp + i) & 3;
-      at = page + k_unit + pair * kEach * k_stride;
-      UnitWords words[kEach];
-      load(words);
-      products(words, acc);
+      for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int m = 0; m < 2; ++m) acc[tile][0][2 * m] += zero[0][0];
+  };
+  if constexpr (kUnroll > 1 && S::kWarpTiles == 2) {
+    // From the own pair of tiles on: which is the own is then known when the kernel is compiled. A pair's codes are
+    // loaded while the one before is multiplied, whose results are stored while its own products are under way.
+    UnitWords words[2][kEach];
+    float acc[2][2][NB][4];
+    const auto finish = [&](int i, const float (&acc)[2][NB][4]) {
       constexpr int N = 2 * NB * NC;
       float x[2][N];
-      fold(acc, x);
+      gather_columns(acc, x);
       if (i == 0) {
 #pragma unroll
         for (int k = 0; k < kScores; ++k) own[k] += x[k / N][k % N];
       } else {
-        store_floats<kScores>(my_part + pair * M::kOwnerBytes + (3 - i) * M::kPartBytes, x[0]);
+        store_floats<kScores>(my_part + ((warp + i) & 3) * M::kOwnerBytes + (3 - i) * M::kPartBytes, x[0]);
       }
+    };
+    at = page + k_unit + warp * kEach * k_stride;
+    load(words[0]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      at = page + k_unit + ((warp + i + 1) & 3) * kEach * k_stride;
+      if (i < 3) load(words[(i + 1) % 2]);
+      products(words[i % 2], acc[i % 2]);
+      if (i > 0) finish(i - 1, acc[(i - 1) % 2]);
     }
+    finish(3, acc[1]);
   } else {
+    float acc[2][NB][4];
     UnitWords next[kEach];
     load(next);
 #pragma unroll 1
@@ -159,25 +197,28 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::score_unit(uint32_t page, const uint32
 template <int D, int Q, int ROWS, bool CAPPED>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::scores(uint32_t page, float (&own)[kScores]) const {
   uint32_t q[NB][kRegs];
+  float zero[NB][NC];
 #pragma unroll
   for (int n = 0; n < NB; ++n) load_regs(q[n], my_query + n * kTileBytes);
-  if (num_slots && has_unit()) slot_scores(page, q);  // without a unit the width is 0, and the query is nobody's
-  mean_scores(own);
+  if (num_slots && has_unit())  // without a unit the width is 0, and the query is nobody's
+    first_scores<true>(page, q, own, zero);
+  else
+    first_scores<false>(page, q, own, zero);
   switch (k_width) {  // the same for the whole warp and for as long as the head stays
     case 0:
       return no_scores(own);
     case 1:
-      return score_unit<1>(page, q, own);
+      return score_unit<1>(page, q, zero, own);
     case 2:
-      return score_unit<2>(page, q, own);
+      return score_unit<2>(page, q, zero, own);
     case 3:
-      return score_unit<3>(page, q, own);
+      return score_unit<3>(page, q, zero, own);
     case 4:
-      return score_unit<4>(page, q, own);
+      return score_unit<4>(page, q, zero, own);
     case 5:
-      return score_unit<5>(page, q, own);
+      return score_unit<5>(page, q, zero, own);
     default:
-      return score_unit<6>(page, q, own);
+      return score_unit<6>(page, q, zero, own);
   }
 }
 
@@ -194,36 +235,40 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::no_scores(float (&own)[kScores]) const
   for (int pair = 0; pair < 4; ++pair) hand_over(pair, acc, part, own);
 }
 
-// The exact slots' part of this warp's unit. Row g of the product is slot g; what rows beyond the last slot hold does
-// not matter, their token byte says none.
+// This lane's registers of the exact slots as rows of products with the query, slot g in row g; what rows beyond the
+// last slot hold does not matter, their token byte says none. And, of uniform codes, of a row of their zero points,
+// (2^W - 1) / 2 of each, 2^20 times: half of what stands for a code of ones would be no normal number. Returns the
+// factor of slot g's products.
 template <int D, int Q, int ROWS, bool CAPPED>
-KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::slot_scores(uint32_t page, const uint32_t (&q)[NB][kRegs]) const {
-  const uint32_t a = page + k_slot;
-  const float scale = half_low(lds_u16(page + k_slot_scale)) * k_undo;
-  const uint4 up = lds_u128(shared + M::kSlotUp + warp * 32), add = lds_u128(shared + M::kSlotUp + warp * 32 + 16);
-  uint32_t e[kRegs];
-  const auto halves = [](uint32_t word, int pair, uint32_t up, uint32_t add) {
-    return half_fma(__byte_perm(word ^ 0x80808080u, 0x64646464u, pair ? 0x4342 : 0x4140), up, add);
-  };
-  if constexpr (kNarrow) {
-    const uint32_t w = lds_u32(a);
-    e[0] = halves(w, 0, up.x, add.x), e[1] = halves(w, 1, up.y, add.y);
+template <bool SLOTS>
+KAKEYA_D float Attend<D, Q, ROWS, CAPPED>::load_slots(uint32_t page, uint32_t (&e)[kRegs], uint32_t (&z)[kRegs]) const {
+  const uint32_t constants = shared + M::kConstants + warp * 48, a = page + (k_slot & 0xffffu);
+  uint32_t word[2] = {0, 0};
+  float scale = 0.0f;
+  if constexpr (SLOTS) {
+    if constexpr (kNarrow) {
+      word[0] = lds_u32(a);
+    } else {
+      const uint2 w = lds_u64(a);
+      word[0] = w.x, word[1] = w.y;
+    }
+    scale = half_low(lds_u16(page + (k_slot >> 16))) * k_undo;
+  }
+  const uint4 up4 = lds_u128(constants);
+  const uint32_t up[4] = {up4.x, up4.y, up4.z, up4.w};
+  if constexpr (SLOTS) {
+    const uint4 add4 = lds_u128(constants + 16);
+    const uint32_t add[4] = {add4.x, add4.y, add4.z, add4.w};
+#pragma unroll
+    for (int i = 0; i < kRegs; ++i)
+      e[i] = half_fma(__byte_perm(word[i / 2] ^ 0x80808080u, 0x64646464u, i % 2 ? 0x4342 : 0x4140), up[i], add[i]);
   } else {
-    const uint2 w = lds_u64(a);
-    e[0] = halves(w.x, 0, up.x, add.x), e[1] = halves(w.x, 1, up.y, add.y);
-    e[2] = halves(w.y, 0, up.z, add.z), e[3] = halves(w.y, 1, up.w, add.w);
+#pragma unroll
+    for (int i = 0; i < kRegs; ++i) e[i] = 0;
   }
 #pragma unroll
-  for (int n = 0; n < NB; ++n) {
-    float acc[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < S::kTiles; ++i) mma(acc, e[2 * i], 0, e[2 * i + 1], 0, q[n][2 * i], q[n][2 * i + 1]);
-    const uint32_t s = slot_score_at(g, warp, row_of(n, 0));
-    if constexpr (R::kSplit)
-      sts_f32(s, (acc[0] + acc[1]) * scale);
-    else
-      sts_f32x2(s, acc[0] * scale, acc[1] * scale);
-  }
+  for (int i = 0; i < kRegs; ++i) z[i] = Q == kUniform ? half_mul(up[i], k_gamma) : 0;
+  return scale;
 }
 
 }  // namespace kakeya

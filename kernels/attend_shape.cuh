@@ -47,10 +47,12 @@ struct AttendRows {
 };
 
 // Registers and shared memory of a multiprocessor: 16 warps of 128 registers at most, fewer where more rows need more.
+// Uniform codes at head_dim 128 gain more by 12 warps with more registers, and all at 256 by 8 of them: none spills.
 template <int D, int Q, int ROWS>
 constexpr int blocks_per_sm() {
-  if (D == 256) return ROWS == 4 ? 2 : 1;
-  return ROWS == 4 ? 4 : ROWS == 8 ? 3 : 2;
+  if (D == 256) return 1;
+  if (ROWS == 4) return Q == kUniform && D == 128 ? 3 : 4;
+  return ROWS == 8 ? 3 : 2;
 }
 
 // Shared memory, bytes from its start.
@@ -69,13 +71,13 @@ struct AttendShared {
   static constexpr int kQueryBytes = R::kSplit ? D * 4 * 2 : R::kTiles * D * 8 * 2;
   static constexpr int kMean = kQuery + kQueryBytes;  // f16 [tile][unit][lane][..]
   static constexpr int kMeanBytes = R::kMeanTiles * D * 8 * 2;
-  static constexpr int kValue = kMean + kMeanBytes;    // 2 x {scale, offset} f32 [unit][row of lanes][class]
-  static constexpr int kFactors = kValue + 2 * D * 8;  // f32 [16]
-  static constexpr int kMax = kSlotScores;             // f32 [warp][ROWS]: slots' scores have been gathered by then
-  static constexpr int kSlotUp = kFactors + 16 * 4;    // f16 x 2 [warp][2][4], f32 [warp][4]: see slot_constants
-  static constexpr int kSlotUndo = kSlotUp + S::kWarps * 32;
-  static constexpr int kZero = kSlotUndo + S::kWarps * 16;  // 16 bytes: the odd columns of a split query
-  static constexpr int kBarriers = kZero + 16;              // u64 [8]
+  static constexpr int kValue = kMean + kMeanBytes;     // 2 x {scale, offset} f32 [unit][row of lanes][class]
+  static constexpr int kFactors = kValue + 2 * D * 8;   // f32 [16]
+  static constexpr int kMax = kSlotScores;              // f32 [warp][ROWS]: slots' scores have been gathered by then
+  static constexpr int kConstants = kFactors + 16 * 4;  // u32 [warp][12]: AttendWarp::constants
+  static constexpr int kZero = kConstants + S::kWarps * 48;  // 16 bytes: the odd columns of a split query
+  static constexpr int kOrder = kZero + 16;                  // u8 [warp][kUnitChannels]: V's channels in code order
+  static constexpr int kBarriers = kOrder + S::kWarps * 32;  // u64 [8]
   static constexpr int kFlag = kBarriers + 64;
   static constexpr int kHidden = kFlag + 4;  // rows, from the item's first on, that do not read its last page
   static constexpr int kFetch = kFlag + 16;  // AttendFetch

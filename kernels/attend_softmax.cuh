@@ -14,28 +14,28 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::gather(float (&s)[kScores]) const {
   for (int i = 0; i < S::kWarps - 1; ++i) add_floats<kScores>(a + i * M::kPartBytes, s);
 }
 
-// And those of the page's exact slots whose tokens this warp owns.
+// Adds the scores of the page's exact slots whose tokens this warp owns to another unit's, which gather() will add.
 template <int D, int Q, int ROWS, bool CAPPED>
-KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::gather_slots(uint32_t page, float (&s)[kScores]) const {
-  // A slot's token in steps from the centre, ~ of them below it; without a token far from all.
-  const int from = int(lds_u8(page + 8 + lane % kMaxSlots)) - kBlock / 2, steps = from ^ from >> 31;
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::place_slots(uint32_t page) const {
+  // The token of slot g in steps from the centre, ~ of them below it; without a token far from all.
+  const int from = int(lds_u8(page + 8 + g)) - kBlock / 2, steps = from ^ from >> 31, row = steps & 15;
   const int pair = S::kWarpTiles == 2 ? warp : warp / 2;
-  const bool mine = (steps >> 4) == pair && (S::kWarpTiles == 2 || (from < 0) == bool(warp % 2));
-  for (uint32_t rest = __ballot_sync(~0u, mine) & ((1u << kMaxSlots) - 1); rest; rest &= rest - 1) {
-    const int slot = __ffs(rest) - 1, at = __shfl_sync(~0u, from, slot), row = (at ^ at >> 31) & 15;
-    const bool here = (row & 7) == g;
-    const int half = row / 8 + (S::kWarpTiles == 2 && at < 0 ? 2 : 0);
+  if (steps >> 4 == pair && (S::kWarpTiles == 2 || (from < 0) == bool(warp % 2))) {
+    // The lane that has this token and this lane's rows, and where among its scores they are.
+    const int half = row / 8 + (S::kWarpTiles == 2 && from < 0 ? 2 : 0);
+    const uint32_t a =
+        shared + M::kPart + warp * M::kOwnerBytes + (((row & 7) * 4 + t4) * kScores + half * NB * NC) * 4;
 #pragma unroll
     for (int n = 0; n < NB; ++n)
 #pragma unroll
       for (int c = 0; c < NC; ++c) {
-        float x = 0.0f;
+        float x = lds_f32(a + (n * NC + c) * 4);
 #pragma unroll
-        for (int u = 0; u < S::kUnits; ++u) x += lds_f32(slot_score_at(slot, u, row_of(n, c)));
-#pragma unroll
-        for (int h = 0; h < 2 * S::kWarpTiles; ++h) s[(h * NB + n) * NC + c] += here && half == h ? x : 0.0f;
+        for (int u = 0; u < S::kUnits; ++u) x += lds_f32(slot_score_at(g, u, row_of(n, c)));
+        sts_f32(a + (n * NC + c) * 4, x);
       }
   }
+  __syncwarp();
 }
 
 // Caps gathered scores, of which `unit` makes units of log2.

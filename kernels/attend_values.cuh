@@ -132,11 +132,11 @@ template <int D, int Q, int ROWS, bool CAPPED>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::value_slots(float (&acc)[NB][S::kTiles][4], uint32_t page) const {
   // Two slots of this lane: where there are fewer, their tokens are none, and any finite numbers will do.
   const uint32_t tokens = lds_u16(page + 8 + 2 * t4), first = tokens & 0xffu, second = tokens >> 8;
-  const uint2 scales = lds_u64(page + v_slot_scale);
+  const uint2 scales = lds_u64(page + (v_slot >> 16));
   uint32_t word[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t a = page + v_slot + i * D;
+    const uint32_t a = page + (v_slot & 0xffffu) + i * D;
     word[i] = (kNarrow ? lds_u16(a) : lds_u32(a)) ^ 0x80808080u;
   }
   uint32_t scale = __byte_perm(scales.x, scales.y, 0x7632);
@@ -151,7 +151,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::value_slots(float (&acc)[NB][S::kTiles
     e[2 * c] = half_add(__byte_perm(x, 0x64646464u, 0x4140), both(half_constant(-1152, 0)));
     e[2 * c + 1] = half_add(__byte_perm(x, 0x64646464u, 0x4342), both(half_constant(-1152, 0)));
   }
-  const uint4 u = lds_u128(shared + M::kSlotUndo + warp * 16);
+  const uint4 u = lds_u128(shared + M::kConstants + warp * 48 + 32);
   const float undo[4] = {__uint_as_float(u.x), __uint_as_float(u.y), __uint_as_float(u.z), __uint_as_float(u.w)};
 #pragma unroll
   for (int n = 0; n < NB; ++n) {

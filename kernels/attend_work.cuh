@@ -5,24 +5,32 @@
 
 namespace kakeya {
 
-// The unit at place `at` of the list.
+// What of a cursor's sequence does not depend on its head.
+template <int D, int Q, int ROWS, bool CAPPED>
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::enter_sequence(AttendCursor &c) const {
+  c.units = cumulative[c.sequence + 1] - cumulative[c.sequence];
+  c.tokens = p.query_start[c.sequence + 1] - p.query_start[c.sequence];
+  c.length = p.seq_lens[c.sequence];
+  c.pages = sequence_blocks(c.tokens, c.length).pages;
+}
+
+// The unit at place `at` of the list. Called by whole warps: a load of all lanes is a step of the search.
 template <int D, int Q, int ROWS, bool CAPPED>
 KAKEYA_D AttendCursor Attend<D, Q, ROWS, CAPPED>::seek(int at) const {
-  int lo = 0, hi = p.num_seqs - 1;  // last sequence that begins at or before `at`
-  while (lo < hi) {
-    const int mid = (lo + hi + 1) / 2;
-    if (cumulative[mid] * p.num_kv_heads <= at)
-      lo = mid;
-    else
-      hi = mid - 1;
+  int first = 0;  // the last sequence that begins at or before `at` is one of so many from here on
+  for (int count = p.num_seqs; count > 1;) {
+    const int step = (count + 31) / 32;
+    const bool before = lane * step < count && cumulative[first + lane * step] * p.num_kv_heads <= at;
+    const int skip = (__popc(__ballot_sync(~0u, before)) - 1) * step;
+    first += skip;
+    count = min(step, count - skip);
   }
   AttendCursor c;
-  c.sequence = lo;
-  c.units = cumulative[lo + 1] - cumulative[lo];
-  const int local = at - cumulative[lo] * p.num_kv_heads;
+  c.sequence = first;
+  enter_sequence(c);
+  const int local = at - cumulative[first] * p.num_kv_heads;
   c.head = c.units ? local / c.units : 0;
   c.unit = local - c.head * c.units;
-  c.pages = blocks_of(lo).pages;
   return c;
 }
 
@@ -34,66 +42,56 @@ KAKEYA_D AttendCursor Attend<D, Q, ROWS, CAPPED>::following(AttendCursor c) cons
     c.head = 0;
     do {
       ++c.sequence;
-      c.units = cumulative[c.sequence + 1] - cumulative[c.sequence];
-    } while (c.units == 0);
-    c.pages = blocks_of(c.sequence).pages;
+    } while (cumulative[c.sequence + 1] == cumulative[c.sequence]);
+    enter_sequence(c);
   }
   return c;
 }
 
+// Goes to the first sealed page from unit c on, which is at place `at`, within this block's range.
 template <int D, int Q, int ROWS, bool CAPPED>
-KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_begin() {
-  fetch.stage = 0;
-  fetch.at = begin;
-  fetch.cursor = seek(begin);
-  fetch_item();
-}
-
-// Goes to the next sealed page of this block's range, from the cursor's own item on; fetch.at is the cursor's place.
-template <int D, int Q, int ROWS, bool CAPPED>
-KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_item() {
-  while (fetch.at < end) {
-    const AttendCursor &c = fetch.cursor;
-    fetch.left = min(end - fetch.at, c.pages - c.unit);
-    if (fetch.left > 0 && rows_of(c.sequence) > chunk_row) {
-      fetch.more = 1;
-      return fetch_look_up();
+KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_item(AttendCursor c, int at) {
+  fetch.left = 0;
+  while (at < end) {
+    const int left = min(end - at, c.pages - c.unit);
+    at += c.units - c.unit;
+    if (left > 0 && rows_of(c) > chunk_row) {
+      fetch.next = p.block_table + c.sequence * p.block_table_stride + c.unit;
+      fetch.left = left;
+      fetch.pages = p.pages + c.head * p.page_head_stride;
+      fetch.at = at;
+      fetch.cursor = c;
+      // The table's entry is loaded one page ahead and met when its transfer starts: nobody waits for it.
+      fetch_block = __ldg(fetch.next);
+      return;
     }
-    fetch.at += c.units - c.unit;
-    if (fetch.at < end) fetch.cursor = following(c);
+    if (at < end) c = following(c);
   }
-  fetch.more = 0;
-}
-
-// The block's place in the table is loaded one page ahead and met when its transfer starts: nobody waits for it.
-template <int D, int Q, int ROWS, bool CAPPED>
-KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_look_up() {
-  const AttendCursor &c = fetch.cursor;
-  fetch_block = __ldg(p.block_table + c.sequence * p.block_table_stride + c.unit);
 }
 
 // Starts the transfer of the next sealed page, if there is one. From sm_90 on thread 0 alone calls this.
 template <int D, int Q, int ROWS, bool CAPPED>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fetch_page() {
-  if (fetch.more) {
-    const uint8_t *page = p.pages + fetch_block * p.page_block_stride + fetch.cursor.head * p.page_head_stride;
-    const uint32_t dst = stage_at(fetch.stage);
+  const int left = fetch.left;
+  if (left > 0) {
+    const int stage = fetch.stage;
+    const uint8_t *page = fetch.pages + fetch_block * p.page_block_stride;
+    const uint32_t dst = stage_at(stage);
 #if KAKEYA_BULK
-    const uint32_t bar = shared + M::kBarriers + 8 * fetch.stage;
+    const uint32_t bar = shared + M::kBarriers + 8 * stage;
     barrier_expect(bar, page_bytes);
     bulk_load(dst, page, page_bytes, bar);
 #else
     copy_async(dst, page, page_bytes);
 #endif
-    if (++fetch.stage == stages) fetch.stage = 0;
-    ++fetch.at;
-    if (--fetch.left > 0) {
-      ++fetch.cursor.unit;
-      fetch_look_up();
+    fetch.stage = stage + 1 == stages ? 0 : stage + 1;
+    if (left > 1) {
+      fetch.left = left - 1;
+      fetch_block = __ldg(++fetch.next);
+    } else if (fetch.at < end) {
+      fetch_item(following(fetch.cursor), fetch.at);
     } else {
-      fetch.at += fetch.cursor.units - fetch.cursor.unit - 1;
-      if (fetch.at < end) fetch.cursor = following(fetch.cursor);
-      fetch_item();
+      fetch.left = 0;
     }
   }
 #if !KAKEYA_BULK

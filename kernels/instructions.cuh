@@ -41,6 +41,9 @@ KAKEYA_D uint4 lds_u128(uint32_t a) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
   return v;
 }
+KAKEYA_D void sts_u8(uint32_t a, uint32_t x) {
+  asm volatile("st.shared.u8 [%0], %1;" ::"r"(a), "r"(x) : "memory");
+}
 KAKEYA_D void sts_u16(uint32_t a, uint32_t x) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(a), "h"(uint16_t(x)) : "memory");
 }

@@ -89,7 +89,7 @@ KAKEYA_HD void open_read(const OpenJob &job, OpenState<D> &s, int thread) {
   const uint8_t *page = job.page, *side = page + l.side_offset;
   const uint16_t *natural = t.at<uint16_t>(t.natural);
   if (thread == 0) {
-    bool ok = page[0] == 'K' && page[1] == 1 && page[2] == 0 && page[3] <= l.num_slots;
+    bool ok = page[0] == 'K' && page[1] == kFormatVersion && page[2] == 0 && page[3] <= l.num_slots;
     ok = ok && load_u32(page + 4) < t.max_blocks;
     for (int i = 0; ok && i < int(page[3]); ++i) ok = page[8 + i] < kBlock;
     s.used = ok ? int(page[3]) : -1;
@@ -111,16 +111,16 @@ KAKEYA_HD void open_read(const OpenJob &job, OpenState<D> &s, int thread) {
         width >= 1 && width <= 6 ? grid_point(t.at<GridParams>(t.grids)[width], uint32_t(i - (1 << bits))) : 0.0f;
   }
   for (int i = thread; i < D; i += kSealThreads) {
-    const int c = (K ? 0 : D) + i;
-    uint32_t code;
+    const int place = channel_place(i, K ? int(t.pairs) : 0), at = place / 2 * 4 + (K ? 0 : 2) + place % 2;
+    const uint8_t *rest = side + 2 * D;
+    uint32_t code = side[at];
     float mean;
     if (t.calibrated) {
-      code = side[c / 2] >> 4 * (c % 2) & 15u;
-      const uint32_t m = (side[D + c / 2] >> 4 * (c % 2) & 15u) | (side[2 * D + c / 4] >> 2 * (c % 4) & 3u) << 4;
-      mean = float(int(m) - 32) * v.step[i];
+      const uint32_t high = rest[(K ? 0 : D / 4) + place / 4] >> 2 * (place % 4) & 3u;
+      mean = float(int(code >> 4 | high << 4) - 32) * v.step[i];
+      code &= 15u;
     } else {
-      code = side[c];
-      mean = half_value(uint16_t(load_u16(side + 2 * D + 2 * c)));
+      mean = half_value(uint16_t(load_u16(rest + 2 * at)));
     }
     s.base[i] = v.mean[i] + mean;
     s.scale[i] = t.at<float>(t.factors)[code] * v.sigma[i];

@@ -1076,22 +1076,25 @@ KAKEYA_HD void seal_finish(const SealJob &job, SealState<D> &s, int thread) {
     store_u32(slots + ((K ? 0 : n) + slot) * D + byte, word);
     if (byte == 0) store_u16(slots + 2 * n * D + 4 * slot + (K ? 0 : 2), bits);
   }
-  uint8_t *side = job.page + s.layout.side_offset;
-  if (s.calibrated) {
-    uint8_t *scales = side + (K ? 0 : D / 2), *low = scales + D, *high = side + 2 * D + (K ? 0 : D / 4);
-    for (int i = thread; i < D / 2; i += kSealThreads) {
-      scales[i] = uint8_t(s.scales[2 * i] | s.scales[2 * i + 1] << 4);
-      low[i] = uint8_t((s.means[2 * i] & 15u) | (s.means[2 * i + 1] & 15u) << 4);
+  // Statistics, pair by pair.
+  uint8_t *side = job.page + s.layout.side_offset, *rest = side + 2 * D;
+  const auto channel = [&](int f, int i) { return K ? pair_channel(f, i, int(s.pairs)) : 2 * f + i; };
+  for (int f = thread; f < D / 2; f += kSealThreads) {
+    for (int i = 0; i < 2; ++i) {
+      const int c = channel(f, i), at = 4 * f + (K ? 0 : 2) + i;
+      if (s.calibrated) {
+        side[at] = uint8_t(s.scales[c] | s.means[c] << 4);
+      } else {
+        side[at] = s.scales[c];
+        store_u16(rest + 2 * at, s.means[c]);
+      }
     }
+  }
+  if (s.calibrated) {
     for (int i = thread; i < D / 4; i += kSealThreads) {
       uint32_t b = 0;
-      for (int k = 0; k < 4; ++k) b |= uint32_t(s.means[4 * i + k] >> 4) << 2 * k;
-      high[i] = uint8_t(b);
-    }
-  } else {
-    for (int i = thread; i < D; i += kSealThreads) {
-      side[(K ? 0 : D) + i] = s.scales[i];
-      store_u16(side + 2 * D + 2 * ((K ? 0 : D) + i), s.means[i]);
+      for (int k = 0; k < 4; ++k) b |= uint32_t(s.means[channel(2 * i + k / 2, k % 2)] >> 4) << 2 * k;
+      rest[(K ? 0 : D / 4) + i] = uint8_t(b);
     }
   }
   if (!K) return;
@@ -1099,7 +1102,7 @@ KAKEYA_HD void seal_finish(const SealJob &job, SealState<D> &s, int thread) {
   for (uint32_t i = end + uint32_t(thread); i < size; i += kSealThreads) job.page[i] = 0;
   if (thread == 0) {
     job.page[0] = 'K';
-    job.page[1] = 1;
+    job.page[1] = kFormatVersion;
     job.page[2] = 0;
     job.page[3] = uint8_t(n);
     store_u32(job.page + 4, uint32_t(job.block_index));

@@ -111,9 +111,9 @@ static void test_open(const kakeya_codec *codec) {
   w->pages[0] ^= 1;
   CHECK_REFUSED(kakeya_open(codec, 1, 0, w->pages, n, k, v, FLOATS), KAKEYA_ERR_BAD_PAGE, "begins with");
   w->pages[0] ^= 1;
+  w->pages[1] = 3;
+  CHECK_REFUSED(kakeya_open(codec, 1, 0, w->pages, n, k, v, FLOATS), KAKEYA_ERR_WRONG_VERSION, "format version is '3'");
   w->pages[1] = 2;
-  CHECK_REFUSED(kakeya_open(codec, 1, 0, w->pages, n, k, v, FLOATS), KAKEYA_ERR_WRONG_VERSION, "format version is '2'");
-  w->pages[1] = 1;
   w->pages[7] = 0xff; /* position far beyond the model's */
   CHECK_REFUSED(kakeya_open(codec, 1, 0, w->pages, n, k, v, FLOATS), KAKEYA_ERR_BAD_PAGE, "block index");
   for (size_t i = 0; i <= FLOATS; ++i) CHECK(k[i] == 1e30f && v[i] == 1e30f, "output %zu was touched", i);
@@ -375,7 +375,7 @@ static void test_attend(const kakeya_codec *codec) {
   REFUSED(step, attend, KAKEYA_ERR_BAD_PAGE, "begins with");
   page[0] ^= 0xff;
   page[1] += 1;
-  REFUSED(step, attend, KAKEYA_ERR_WRONG_VERSION, "format version is '2', expected '1'");
+  REFUSED(step, attend, KAKEYA_ERR_WRONG_VERSION, "format version is '3', expected '2'");
   page[1] -= 1;
   page[4] += 1;
   REFUSED(step, attend, KAKEYA_ERR_BAD_PAGE, "block index 2");

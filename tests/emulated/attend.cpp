@@ -15,14 +15,15 @@ alignas(128) thread_local uint8_t memory[emulated::kSharedBytes];
 }
 }  // namespace kakeya
 
-// Of a kernel's batches a file gets one in so many, at least one, in steps of so many from where the file before ended:
+// Of a kernel's batches a file gets one in so many, rounded up, in steps of so many from where the file before ended:
 // no divisor of their numbers, nor of the periods in which they have tokens, sinks and caps.
 constexpr size_t kShare = 13;
 
-// The kernel of a batch: 4, 8 or 16 rows a pass, or that for a soft cap.
+// The kernel of a batch: 4, 8 or 16 rows a pass, or one of the two for a soft cap.
 static std::string kind_of(const Batch &b) {
   const int rows = b.kernel_rows();
-  return b.cap > 0 ? "capped" : rows <= 4 ? "4 rows" : rows <= 8 ? "8 rows" : "16 rows";
+  if (b.cap > 0) return rows <= 4 ? "4, cap" : "16, cap";
+  return rows <= 4 ? "4 rows" : rows <= 8 ? "8 rows" : "16 rows";
 }
 
 int main(int argc, char **argv) {
@@ -44,7 +45,7 @@ int main(int argc, char **argv) {
   for (int i = 2; i < argc; ++i) {
     const File f(argv[i]);
     for (auto &[kernel, all] : batches) {
-      const size_t size = all.list.size(), count = mode == "all" ? size : std::max<size_t>(1, size / kShare);
+      const size_t size = all.list.size(), count = mode == "all" ? size : (size + kShare - 1) / kShare;
       for (size_t n = 0; n < count; ++n, all.next = (all.next + kShare) % size) {
         const Batch &b = all.list[all.next];
         // Few blocks, so that each has much to do, and many, so that items are divided.
@@ -63,7 +64,7 @@ int main(int argc, char **argv) {
     if (!ok) printf("FAIL no batch had %s\n", what);
     bad += !ok;
   };
-  require(batches.size() == 4, "one of the kernels");
+  require(batches.size() == 5, "one of the kernels");
   for (const auto &[kernel, all] : batches) require(all.list.size() % kShare != 0, "all of a kernel's shapes in turn");
   require(tokens.size() == 9, "0 to 8 tokens a sequence");
   require(sinks && sinks < checked, "sinks, or all had");

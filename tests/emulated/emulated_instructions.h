@@ -39,6 +39,9 @@ inline uint2 lds_u64(uint32_t a) {
 inline uint4 lds_u128(uint32_t a) {
   return lds<uint4>(a);
 }
+inline void sts_u8(uint32_t a, uint32_t x) {
+  sts(a, uint8_t(x));
+}
 inline void sts_u16(uint32_t a, uint32_t x) {
   sts(a, uint16_t(x));
 }
@@ -161,6 +164,9 @@ inline void barrier_init(uint32_t bar, int count) {
 inline void barriers_made() {}
 inline void barrier_wait(uint32_t bar, uint32_t parity) {
   emulated::barrier_wait(bar, parity);
+}
+inline void barrier_arrive(uint32_t bar) {
+  emulated::barrier_expect(bar, 0);
 }
 inline void barrier_expect(uint32_t bar, uint32_t bytes) {
   emulated::barrier_expect(bar, bytes);

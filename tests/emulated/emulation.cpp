@@ -345,10 +345,11 @@ void await_copy_groups(int but) {
   mine.erase(mine.begin(), mine.begin() + long(n));
 }
 
-// A barrier object: bytes under way, 0xffff where it is ready for the next arrival; parity of its phase.
+// A barrier object: bytes under way, arrivals of a phase and those that are still missing; parity of its phase.
 struct BarrierObject {
   uint32_t pending;
-  uint16_t waiting_for_arrival, phase;
+  uint8_t arrivals, missing;
+  uint16_t phase;
 };
 
 static BarrierObject &barrier_at(uint32_t at) {
@@ -356,22 +357,27 @@ static BarrierObject &barrier_at(uint32_t at) {
 }
 
 void barrier_init(uint32_t at, uint32_t arrivals) {
-  if (arrivals != 1) fail("a barrier object of %u arrivals: only one is emulated", arrivals);
-  barrier_at(at) = {0, 1, 0};
+  if (arrivals < 1 || arrivals > kMaxWarps) fail("a barrier object of %u arrivals is not emulated", arrivals);
+  barrier_at(at) = {0, uint8_t(arrivals), uint8_t(arrivals), 0};
+}
+
+static void end_phase(BarrierObject &b) {
+  if (b.missing == 0 && b.pending == 0) b.missing = b.arrivals, b.phase ^= 1;
 }
 
 void barrier_expect(uint32_t at, uint32_t bytes) {
   BarrierObject &b = barrier_at(at);
-  if (b.waiting_for_arrival != 1) fail("a second arrival in one phase of the barrier object at %u", at);
-  b.waiting_for_arrival = 0;
-  b.pending = bytes;
+  if (b.missing == 0) fail("one arrival too many in a phase of the barrier object at %u", at);
+  --b.missing;
+  b.pending += bytes;
+  end_phase(b);
 }
 
 static void complete(uint32_t at, uint32_t bytes) {
   BarrierObject &b = barrier_at(at);
-  if (b.waiting_for_arrival || b.pending < bytes) fail("the barrier object at %u does not expect %u bytes", at, bytes);
+  if (b.pending < bytes) fail("the barrier object at %u does not expect %u bytes", at, bytes);
   b.pending -= bytes;
-  if (b.pending == 0) b.waiting_for_arrival = 1, b.phase ^= 1;
+  end_phase(b);
 }
 
 void barrier_wait(uint32_t at, uint32_t parity) {

@@ -239,6 +239,12 @@ inline int __ffs(uint32_t x) {
 inline float __fdividef(float a, float b) {
   return a / b;
 }
+inline int __popc(uint32_t x) {
+  return __builtin_popcount(x);
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return uint32_t((uint64_t(high) << 32 | low) >> (shift & 31));
+}
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t both = uint64_t(y) << 32 | x;
   uint32_t r = 0;

@@ -98,20 +98,20 @@ struct Kernel {
   int threads, fixed_shared, blocks_per_sm, rows;
 };
 
-template <int D, int ROWS>
+template <int D, int Q, int ROWS>
 static Kernel shape_of(Entry entry, CappedEntry capped = nullptr) {
-  return {entry, capped, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kFixed, blocks_per_sm<D, kUniform, ROWS>(),
-          ROWS};
+  return {entry, capped, AttendShape<D>::kThreads, AttendShared<D, ROWS>::kFixed, blocks_per_sm<D, Q, ROWS>(), ROWS};
 }
 
-// `capped`: for a soft cap of scores, of which there is one for any number of rows.
+// `capped`: for a soft cap of scores, of which there are two.
 static Kernel kernel_of(int d, int q, int rows, bool capped) {
-#define PICK(D, QQ, NAME)                                                                 \
-  if (d == D && q == QQ)                                                                  \
-  return capped      ? shape_of<D, 16>(nullptr, kakeya_attend_d##D##_##NAME##_r16_capped) \
-         : rows <= 4 ? shape_of<D, 4>(kakeya_attend_d##D##_##NAME##_r4)                   \
-         : rows <= 8 ? shape_of<D, 8>(kakeya_attend_d##D##_##NAME##_r8)                   \
-                     : shape_of<D, 16>(kakeya_attend_d##D##_##NAME##_r16)
+#define PICK(D, QQ, NAME)                                                                             \
+  if (d == D && q == QQ)                                                                              \
+  return capped && rows <= 4 ? shape_of<D, QQ, 4>(nullptr, kakeya_attend_d##D##_##NAME##_r4_capped)   \
+         : capped            ? shape_of<D, QQ, 16>(nullptr, kakeya_attend_d##D##_##NAME##_r16_capped) \
+         : rows <= 4         ? shape_of<D, QQ, 4>(kakeya_attend_d##D##_##NAME##_r4)                   \
+         : rows <= 8         ? shape_of<D, QQ, 8>(kakeya_attend_d##D##_##NAME##_r8)                   \
+                             : shape_of<D, QQ, 16>(kakeya_attend_d##D##_##NAME##_r16)
 #define PICK_ALL(D)           \
   PICK(D, kUniform, uniform); \
   PICK(D, kCubic, cubic);     \

@@ -90,7 +90,7 @@ impl Codec {
         let rotary = Rotary::new(shape);
         let heads = build_heads(recipe, shape, &rotary, &layouts, calibration.as_ref());
         let grids = (0..=MAX_WIDTH).map(|w| Grid::new(recipe.quantizer, w.max(1))).collect();
-        let stats = StatsCoder::new(recipe.calibrated);
+        let stats = StatsCoder::new(recipe.calibrated, shape.head_dim, rotary.pairs);
         let fingerprint = fingerprint(recipe, shape, &layouts, &heads);
         Ok(Codec {
             recipe: recipe.clone(),

@@ -57,7 +57,9 @@ pub struct Header {
     pub turns: u32,
     /// What attention reads: see [`crate::fragments`].
     pub offsets: u32,
-    pub alphabets: u32,
+    /// Records `[num_layers][num_kv_heads]`, and bytes from one to the next.
+    pub attend: u32,
+    pub attend_stride: u32,
 }
 
 /// Slots of a trellis' windows, of all widths: 2^(w+1) - 3 each.
@@ -254,7 +256,9 @@ pub fn tables(codec: &Codec) -> Vec<u8> {
     header.seal = block.put(&seal_tables(codec));
     header.turns = block.put(bytemuck::cast_slice(&turns(codec, d)));
     header.offsets = block.put(bytemuck::cast_slice(&fragments::offsets(codec)));
-    header.alphabets = block.put(bytemuck::cast_slice(&fragments::alphabets(codec)));
+    let attend = fragments::heads(codec);
+    header.attend = block.put(&attend);
+    header.attend_stride = (attend.len() / (shape.num_layers * shape.num_kv_heads)) as u32;
     block.0.resize(block.0.len().next_multiple_of(16), 0);
     header.total_bytes = block.0.len() as u32;
     block.0[..size_of::<Header>()].copy_from_slice(bytemuck::bytes_of(&header));
@@ -262,7 +266,7 @@ pub fn tables(codec: &Codec) -> Vec<u8> {
 }
 
 /// Position in code order of each channel.
-fn inverse(order: &[u16]) -> Vec<u16> {
+pub(crate) fn inverse(order: &[u16]) -> Vec<u16> {
     let mut position = vec![0; order.len()];
     for (p, &channel) in order.iter().enumerate() {
         position[usize::from(channel)] = p as u16;

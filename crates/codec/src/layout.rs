@@ -19,8 +19,8 @@ use crate::shape::BLOCK;
 
 /// Header bytes.
 pub const HEADER: usize = 16;
-/// First two bytes of a page: 'K' and format version 1.
-pub const MAGIC: u16 = u16::from_le_bytes([b'K', 1]);
+/// First two bytes of a page: 'K' and format version 2.
+pub const MAGIC: u16 = u16::from_le_bytes([b'K', 2]);
 /// Header byte of a slot index that is not used.
 pub const NO_SLOT: u8 = 0xff;
 

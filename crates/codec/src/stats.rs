@@ -25,10 +25,14 @@ pub struct StatsCoder {
     pub factors: Vec<f32>,
     /// Squared geometric midpoints between neighbouring factors: a mean square above threshold c has a code above c.
     thresholds: Vec<f32>,
+    /// By place in a page: two of K's channels and two of V's, pair by pair. K's of pair f are those that turn together, or
+    /// where none do 2 f and 2 f + 1, as V's always. V's count from head_dim on.
+    order: Vec<u16>,
 }
 
 impl StatsCoder {
-    pub fn new(calibrated: bool) -> StatsCoder {
+    /// Of `head_dim` channels, of which K's first `pairs` turn with its second `pairs`.
+    pub fn new(calibrated: bool, head_dim: usize, pairs: usize) -> StatsCoder {
         let log2: Vec<f64> = match calibrated {
             true => FACTOR_LOG2.to_vec(),
             false => (0..256).map(|c| f64::from(c - 128) / 8.0).collect(),
@@ -37,6 +41,13 @@ impl StatsCoder {
             calibrated,
             factors: log2.iter().map(|&e| libm::exp2(e) as f32).collect(),
             thresholds: log2.windows(2).map(|e| libm::exp2(e[0] + e[1]) as f32).collect(),
+            order: (0..head_dim / 2)
+                .flat_map(|f| {
+                    let [a, b] = pair_channels(f, pairs);
+                    [a, b, head_dim + 2 * f, head_dim + 2 * f + 1]
+                })
+                .map(|c| c as u16)
+                .collect(),
         }
     }
 
@@ -97,46 +108,54 @@ impl StatsCoder {
         (0..self.factors.len() as i32).contains(&c).then_some(c as u8)
     }
 
-    /// Writes scale and mean codes of 2 D channels (K's, then V's) into the side area of a page.
+    /// Writes scale and mean codes of 2 D channels (K's, then V's) into the side area of a page. Keys and values have no byte
+    /// in common, so that two may write at once.
     pub fn write(&self, scales: &[u8], means: &[u16], side: &mut [u8]) {
         let n = scales.len();
-        if !self.calibrated {
-            side[..n].copy_from_slice(scales);
-            for (b, m) in side[n..].chunks_exact_mut(2).zip(means) {
-                b.copy_from_slice(&m.to_le_bytes());
+        let (codes, rest) = side.split_at_mut(n);
+        for (i, c) in self.order.iter().map(|c| usize::from(*c)).enumerate() {
+            if self.calibrated {
+                codes[i] = scales[c] | (means[c] << 4) as u8;
+            } else {
+                codes[i] = scales[c];
+                rest[2 * i..2 * i + 2].copy_from_slice(&means[c].to_le_bytes());
             }
-            return;
         }
-        let (nibbles, rest) = side.split_at_mut(n / 2);
-        let (low, high) = rest.split_at_mut(n / 2);
-        for (b, s) in nibbles.iter_mut().zip(scales.chunks_exact(2)) {
-            *b = s[0] | s[1] << 4;
-        }
-        for (b, m) in low.iter_mut().zip(means.chunks_exact(2)) {
-            *b = (m[0] & 15) as u8 | ((m[1] & 15) << 4) as u8;
-        }
-        for (b, m) in high.iter_mut().zip(means.chunks_exact(4)) {
-            *b = (0..4).fold(0, |b, i| b | ((m[i] >> 4) << (2 * i)) as u8);
+        if self.calibrated {
+            rest.fill(0);
+            for (i, &c) in self.order.iter().enumerate() {
+                let (byte, bit) = high_bits(i, n);
+                rest[byte] |= ((means[usize::from(c)] >> 4) << bit) as u8;
+            }
         }
     }
 
     /// Reads what [`StatsCoder::write`] wrote.
     pub fn read(&self, side: &[u8], scales: &mut [u8], means: &mut [u16]) {
         let n = scales.len();
-        if !self.calibrated {
-            scales.copy_from_slice(&side[..n]);
-            for (m, b) in means.iter_mut().zip(side[n..].chunks_exact(2)) {
-                *m = u16::from_le_bytes([b[0], b[1]]);
+        let (codes, rest) = side.split_at(n);
+        for (i, c) in self.order.iter().map(|c| usize::from(*c)).enumerate() {
+            if self.calibrated {
+                let (byte, bit) = high_bits(i, n);
+                scales[c] = codes[i] & 15;
+                means[c] = u16::from(codes[i] >> 4) | u16::from(rest[byte] >> bit & 3) << 4;
+            } else {
+                scales[c] = codes[i];
+                means[c] = u16::from_le_bytes([rest[2 * i], rest[2 * i + 1]]);
             }
-            return;
-        }
-        for i in 0..n {
-            scales[i] = side[i / 2] >> (4 * (i % 2)) & 15;
-            let low = side[n / 2 + i / 2] >> (4 * (i % 2)) & 15;
-            let high = side[n + i / 4] >> (2 * (i % 4)) & 3;
-            means[i] = u16::from(low) | u16::from(high) << 4;
         }
     }
+}
+
+/// K's channels of pair f.
+pub fn pair_channels(f: usize, pairs: usize) -> [usize; 2] {
+    if f < pairs { [f, f + pairs] } else { [2 * f, 2 * f + 1] }
+}
+
+/// Byte behind the first n of place i's highest two bits of the mean's code, and where in it: K's of all pairs, then V's.
+fn high_bits(i: usize, n: usize) -> (usize, usize) {
+    let (pair, is_v) = (i / 4, i / 2 % 2);
+    (is_v * n / 8 + pair / 2, 4 * (pair % 2) + 2 * (i % 2))
 }
 
 /// Sum over the tokens of a block in the order that is part of the format: sixteen neighbours in sequence, then the eight
@@ -159,8 +178,8 @@ mod tests {
     #[test]
     fn side_area_round_trip() {
         for calibrated in [true, false] {
-            let coder = StatsCoder::new(calibrated);
             let n = 256;
+            let coder = StatsCoder::new(calibrated, n / 2, 24);
             let scales: Vec<u8> =
                 (0..n).map(|i| if calibrated { (i * 7 % 16) as u8 } else { (i * 91) as u8 }).collect();
             let means: Vec<u16> =
@@ -175,14 +194,14 @@ mod tests {
 
     #[test]
     fn scale_is_within_half_a_step() {
-        let coder = StatsCoder::new(true);
+        let coder = StatsCoder::new(true, 64, 32);
         for i in 0..200 {
             let ratio = 2f32.powf(-2.0 + i as f32 * 7.0 / 200.0);
             let got = coder.scale(coder.scale_code(ratio * ratio * 9.0, 3.0), 3.0) / 3.0;
             let off = (got / ratio).log2().abs();
             assert!(off <= if (0.62..2.8).contains(&ratio) { 0.126 } else { 0.63 }, "{ratio} {got}");
         }
-        let free = StatsCoder::new(false);
+        let free = StatsCoder::new(false, 64, 32);
         assert_eq!(free.scale(free.scale_code(0.0, 1.0), 1.0), 2f32.powi(-16));
         assert_eq!(free.scale_code(f32::INFINITY, 1.0), 255);
     }

@@ -199,7 +199,7 @@ proptest! {
         let mut n = Noise(seed);
         let mut page: Vec<u8> = (0..c.page_bytes()).map(|_| (n.uniform() * 256.0) as u8).collect();
         if valid_header {
-            page[..4].copy_from_slice(&[b'K', 1, 0, 1]);
+            page[..4].copy_from_slice(&[b'K', 2, 0, 1]);
             page[4..8].copy_from_slice(&3u32.to_le_bytes());
             page[8] = 5;
         }

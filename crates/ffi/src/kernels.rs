@@ -140,6 +140,7 @@ const SIZES: usize = 6;
 /// rows a pass needs.
 struct AttendInfo {
     head_dim: u32,
+    quantizer: u32,
     rows: u32,
     threads: u32,
     fixed_shared: u32,
@@ -155,13 +156,14 @@ impl AttendInfo {
 
     fn all(device: &Device) -> Outcome<Vec<Self>> {
         let words = device.global(Self::NAME)?;
-        let entries = words.chunks_exact(6).map(|x| Self {
+        let entries = words.chunks_exact(7).map(|x| Self {
             head_dim: x[0],
-            rows: x[1],
-            threads: x[2],
-            fixed_shared: x[3],
-            blocks_per_sm: x[4],
-            min_stages: x[5],
+            quantizer: x[1],
+            rows: x[2],
+            threads: x[3],
+            fixed_shared: x[4],
+            blocks_per_sm: x[5],
+            min_stages: x[6],
         });
         Ok(entries.collect())
     }
@@ -290,6 +292,9 @@ impl Kernels {
     }
 }
 
+/// The attention kernel keeps offsets of a page in 16 bits.
+const MAX_PAGE_BYTES: usize = 1 << 16;
+
 /// The attention kernel reads one pair of tiles ahead, also behind keys' last codes: that must lie in the page still. It does
 /// wherever values have a tenth of the bits.
 fn check_read_ahead(codec: &Codec) -> Outcome {
@@ -318,7 +323,13 @@ impl Attend {
         let group = (shape.num_q_heads / shape.num_kv_heads) as u32;
         let needed = group * limits.max_query;
         let mut kinds = AttendInfo::all(device)?;
-        kinds.retain(|kind| kind.head_dim as usize == shape.head_dim);
+        // As kernels/attend_shape.cuh numbers them.
+        let (number, quantizer) = match codec.recipe().quantizer {
+            Quantizer::Uniform => (0, "uniform"),
+            Quantizer::LloydMax => (1, "cubic"),
+            Quantizer::Trellis => (2, "trellis"),
+        };
+        kinds.retain(|kind| kind.head_dim as usize == shape.head_dim && kind.quantizer == number);
         kinds.sort_by_key(|kind| kind.rows);
         // The kernels for different numbers of rows add up in different orders: one for all of them.
         let fits = |kind: &AttendInfo| kind.rows >= needed && !limits.batch_invariant;
@@ -326,12 +337,14 @@ impl Attend {
             return refuse!(KAKEYA_ERR_NO_KERNELS, "no attention kernel for head_dim {}", shape.head_dim);
         };
         let wanted = kinds.iter().position(fits).unwrap_or(kinds.len() - 1);
-        let quantizer = match codec.recipe().quantizer {
-            Quantizer::Uniform => "uniform",
-            Quantizer::LloydMax => "cubic",
-            Quantizer::Trellis => "trellis",
-        };
         check_read_ahead(codec)?;
+        if codec.page_bytes() > MAX_PAGE_BYTES {
+            return refuse!(
+                KAKEYA_ERR_UNSUPPORTED,
+                "pages of {} bytes; the attention kernel takes at most {MAX_PAGE_BYTES}",
+                codec.page_bytes()
+            );
+        }
         let name = |rows| format!("kakeya_attend_d{}_{quantizer}_r{rows}", shape.head_dim);
         let bytes = codec.page_bytes();
         // Large pages may leave no shared memory for so many rows: then fewer, in more passes.
@@ -341,11 +354,14 @@ impl Attend {
         let first = attempt(&kinds[wanted]);
         let (plain, rows) =
             kinds[..wanted].iter().rev().fold(first, |found, kind| found.or_else(|_| attempt(kind)))?;
-        // There is one for the largest number of rows. Where the plain kernel was made for fewer, one pass holds all rows that
-        // there are: the passes are as many, and partial results need room for no more rows than the plain kernel's. Where
-        // the plain kernel has fewer for want of shared memory, this one does not fit either.
+        // There are two, for the smallest and for the largest number of rows. Where the plain kernel was made for fewer than
+        // the second, one pass holds all rows that there are: the passes are as many, and partial results need room for no
+        // more rows than the plain kernel's. Where the plain kernel has fewer for want of shared memory, the second does not
+        // fit either, but the first may.
+        let least = &kinds[0];
+        let kind = if rows == least.rows { least } else { most };
         let mut capped =
-            AttendKernel::new(device, &format!("{}_capped", name(most.rows)), most, needed, bytes);
+            AttendKernel::new(device, &format!("{}_capped", name(kind.rows)), kind, needed, bytes);
         if let Ok(capped) = &mut capped {
             capped.grid[0] = capped.grid[0].min(plain.grid[0]);
             capped.more.push(rows);

@@ -169,10 +169,10 @@ fn other_versions_and_recipes_are_told_apart() {
     let mut pages = vec![0; HEADS * library.page_bytes(codec)];
     assert_eq!(library.seal(codec, &seal_args(&k, &v, &mut pages)), KAKEYA_OK);
     let mut page = pages[..pages.len() / HEADS].to_vec();
-    page[1] = 2; // the format version
+    page[1] = 3; // the format version
     let (mut k, mut v) = (vec![7.0; 128 * D], vec![7.0; 128 * D]);
     assert_eq!(library.open(codec, 1, 0, &page, &mut k, &mut v), KAKEYA_ERR_WRONG_VERSION);
-    assert_eq!(library.last_error(), "page: format version is '2', expected '1'");
+    assert_eq!(library.last_error(), "page: format version is '3', expected '2'");
     page[0] = b'X'; // no page at all
     assert_eq!(library.open(codec, 1, 0, &page, &mut k, &mut v), KAKEYA_ERR_BAD_PAGE);
     assert!(k.iter().chain(&v).all(|x| *x == 7.0));

@@ -39,7 +39,7 @@ fn bytes_of_page(codec: &Codec, how: u8, given: &[u8]) -> Vec<u8> {
     let mut page: Vec<u8> = given.iter().copied().cycle().take(codec.page_bytes()).collect();
     page.resize(codec.page_bytes(), 0);
     if how & 2 == 2 {
-        page[..3].copy_from_slice(&[b'K', 1, 0]);
+        page[..3].copy_from_slice(&[b'K', 2, 0]);
         page[3] %= 9;
         page[4..8].copy_from_slice(&u32::from(how >> 4 & 1).to_le_bytes());
         page[8..HEADER].iter_mut().for_each(|token| *token &= 127);

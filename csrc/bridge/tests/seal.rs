@@ -76,7 +76,7 @@ fn what_is_no_page_opens_as_nan() {
     let (k, v) = common::natural_block(&c, 0, 0, 2, 3);
     let mut page = vec![0; c.page_bytes()];
     c.seal(0, 0, 2, Rows::dense(&k, 64), Rows::dense(&v, 64), &mut page).unwrap();
-    for (at, byte) in [(0, 0), (1, 2), (2, 1), (3, 9), (7, 1), (8, 128)] {
+    for (at, byte) in [(0, 0), (1, 1), (2, 1), (3, 9), (7, 1), (8, 128)] {
         let mut bad = page.clone();
         bad[at] = byte;
         let (mut k, mut v) = (vec![0.0; BLOCK * 64], vec![0.0; BLOCK * 64]);
