@@ -269,8 +269,8 @@ struct Attend : AttendRecord<ROWS, CAPPED> {
     return shared + M::kSlotScores + ((slot * S::kUnits + unit) * ROWS + row) * 4;
   }
 
+  template <bool LOW>
   static KAKEYA_D void fold(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]);
-  static KAKEYA_D void gather_columns(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]);
   KAKEYA_D void hand_over(int pair, const float (&acc)[2][NB][4], uint32_t &part, float (&own)[kScores]) const;
   template <bool SLOTS>
   KAKEYA_D void first_scores(uint32_t page, const uint32_t (&q)[NB][kRegs], float (&own)[kScores],

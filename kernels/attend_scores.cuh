@@ -5,8 +5,10 @@
 
 namespace kakeya {
 
-// The scores of a pair of tiles as their owners want them, [tile][m][n][c]: both columns of a row added up.
+// The scores of a pair of tiles as their owners want them, [tile][m][n][c]. Where columns are split the odd ones carry
+// low parts, which are added (LOW), or are empty.
 template <int D, int Q, int ROWS, bool CAPPED>
+template <bool LOW>
 KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fold(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]) {
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile)
@@ -17,20 +19,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::fold(const float (&acc)[2][NB][4], flo
 #pragma unroll
         for (int c = 0; c < NC; ++c)
           x[tile][(m * NB + n) * NC + c] =
-              R::kSplit ? acc[tile][n][2 * m] + acc[tile][n][2 * m + 1] : acc[tile][n][2 * m + c];
-}
-
-// The same where split columns are of codes alone, whose odd columns are empty.
-template <int D, int Q, int ROWS, bool CAPPED>
-KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::gather_columns(const float (&acc)[2][NB][4], float (&x)[2][2 * NB * NC]) {
-#pragma unroll
-  for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int n = 0; n < NB; ++n)
-#pragma unroll
-        for (int c = 0; c < NC; ++c) x[tile][(m * NB + n) * NC + c] = acc[tile][n][2 * m + c];
+              R::kSplit && LOW ? acc[tile][n][2 * m] + acc[tile][n][2 * m + 1] : acc[tile][n][2 * m + c];
 }
 
 // Leaves the partial scores of a pair of tiles with their owners, or adds them to `own`. Pairs come one after the
@@ -40,7 +29,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::hand_over(int pair, const float (&acc)
                                                     float (&own)[kScores]) const {
   constexpr int N = 2 * NB * NC, owners = 2 / S::kWarpTiles;
   float x[2][N];
-  gather_columns(acc, x);
+  fold<false>(acc, x);
 #pragma unroll
   for (int i = 0; i < owners; ++i) {
     if (owners * pair + i == warp) {
@@ -103,7 +92,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::first_scores(uint32_t page, const uint
   }
   constexpr int N = 2 * NB * NC;
   float x[2][N];
-  fold(acc, x);
+  fold<true>(acc, x);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     if constexpr (S::kWarpTiles == 2)
@@ -159,7 +148,7 @@ KAKEYA_D void Attend<D, Q, ROWS, CAPPED>::score_unit(uint32_t page, const uint32
     const auto finish = [&](int i, const float (&acc)[2][NB][4]) {
       constexpr int N = 2 * NB * NC;
       float x[2][N];
-      gather_columns(acc, x);
+      fold<false>(acc, x);
       if (i == 0) {
 #pragma unroll
         for (int k = 0; k < kScores; ++k) own[k] += x[k / N][k % N];

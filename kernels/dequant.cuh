@@ -81,8 +81,8 @@ struct UnitWords {
 };
 
 // The codes of a lane's unit as half2 registers f[class][m]. Uniform: fp16 subnormals code * 2^(bit - 24). Others:
-// points U (U^2 + gamma), U = 4 y; gamma and the factor that is missing, which becomes part of the channel's scale
-// (Attend::begin_segment), come from crates/codec/src/fragments.rs.
+// points U (U^2 + gamma), U = 4 y; gamma and the factor that is missing, which is part of the channel's scale, come
+// from crates/codec/src/fragments.rs.
 template <int Q, int W, bool NARROW>
 struct Dequant {
 #ifdef __CUDACC__

@@ -75,8 +75,7 @@ static void bench(const File &f, int batch, int context, int group, double copy)
   for (auto &x : q) x = to_bf16(normal(random));
   for (auto &x : pool) x = to_bf16(normal(random));
   const float cap = getenv("KAKEYA_BENCH_CAP") ? float(atof(getenv("KAKEYA_BENCH_CAP"))) : 0.0f;  // of scores, 0: none
-  Launch launch(f, group, group, cap > 0);
-  if (const char *most = getenv("KAKEYA_BENCH_BLOCKS")) launch.blocks = std::min(launch.blocks, atoi(most));
+  const Launch launch(f, group, group, cap > 0);
   Device<uint16_t> d_q(q), d_pool(pool), d_out(q.size());
   Device<int> d_table(table), d_slot(slot), d_start(start), d_lens(lens), d_plan(plan);
   Device<float> work(launch.workspace(d, batch * heads), 0);

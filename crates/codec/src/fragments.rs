@@ -163,6 +163,15 @@ pub fn heads(codec: &Codec) -> Vec<u8> {
     // How much too small or too large scores come out: `Attend::kScoreUnit`.
     let score_unit = if uniform { power2(20) } else { 1.0 / 32.0 };
     let mean_scale = 1.0 / (score_unit * table_scale);
+    let alphabets: Vec<[u32; 2]> =
+        codec.grids.iter().enumerate().map(|(w, grid)| alphabet(w, grid)).collect();
+    // By a block: the same for all heads. Channels that do not rotate turn by nothing.
+    let turns: Vec<[f32; 2]> = if shape.max_blocks() > 1 {
+        let ((c0, s0), (c1, s1)) = (rotary.centre(0), rotary.centre(1));
+        (0..rotary.pairs).map(|f| [c1[f] * c0[f] + s1[f] * s0[f], s1[f] * c0[f] - c1[f] * s0[f]]).collect()
+    } else {
+        Vec::new()
+    };
     let mut out = Vec::new();
     for layer in 0..shape.num_layers {
         let layout = codec.page_layout(layer).expect("layer in range");
@@ -178,13 +187,15 @@ pub fn heads(codec: &Codec) -> Vec<u8> {
                 let before = if u > 0 && w > 0 { s.widths[u - 1] } else { 0 };
                 x.offset = s.widths[..u].iter().map(|&w| 64 * u32::from(w)).sum();
                 x.widths = [w, before, 0, 0];
-                x.gamma = twice(-0.5 * ((1 << w) - 1) as f32);
-                let [gamma, factor] = alphabet(w.into(), &codec.grids[usize::from(w)]);
-                if !uniform {
+                if uniform {
+                    x.gamma = twice(-0.5 * ((1 << w) - 1) as f32);
+                    if w > 0 {
+                        x.undo = power2(i32::from(w) - 1) / alpha(w.into());
+                    }
+                } else {
+                    let [gamma, factor] = alphabets[usize::from(w)];
                     x.gamma = gamma;
                     x.undo = 1.0 / f32::from_bits(factor);
-                } else if w > 0 {
-                    x.undo = power2(i32::from(w) - 1) / alpha(w.into());
                 }
                 x
             };
@@ -219,19 +230,13 @@ pub fn heads(codec: &Codec) -> Vec<u8> {
             out.extend_from_slice(bytemuck::bytes_of(&record));
             let (k_position, v_position) = (inverse(&t.k.order), inverse(&t.v.order));
             for f in 0..d / 2 {
-                let rotates = f < rotary.pairs;
                 let k = pair_channels(f, rotary.pairs);
                 let v = [2 * f, 2 * f + 1];
                 let mut pair = <AttendPair as bytemuck::Zeroable>::zeroed();
                 pair.natural = k.map(|c| rotary.natural.as_ref().map_or(c, |n| n[c]) as u16);
                 pair.k_position = k.map(|c| k_position[c]);
                 pair.v_position = v.map(|c| v_position[c]);
-                pair.turn_cos = 1.0;
-                if rotates && shape.max_blocks() > 1 {
-                    let ((c0, s0), (c1, s1)) = (rotary.centre(0), rotary.centre(1));
-                    pair.turn_cos = c1[f] * c0[f] + s1[f] * s0[f];
-                    pair.turn_sin = s1[f] * c0[f] - c1[f] * s0[f];
-                }
+                [pair.turn_cos, pair.turn_sin] = turns.get(f).copied().unwrap_or([1.0, 0.0]);
                 let (mut largest_scale, mut largest_mean) = (0f32, 0f32);
                 for (i, x) in pair.stats.iter_mut().enumerate() {
                     let is_k = i < 2;
@@ -251,7 +256,7 @@ pub fn heads(codec: &Codec) -> Vec<u8> {
                             zero = -0.5 * ((1 << w) - 1) as f32 * power2(bit - 24);
                         }
                     } else {
-                        scale *= f32::from_bits(alphabet(w, &codec.grids[w])[1]);
+                        scale *= f32::from_bits(alphabets[w][1]);
                         if is_k {
                             scale *= table_scale;
                         }

@@ -195,6 +195,10 @@ float table_scale(uint32_t quantizer) {
   return kakeya::table_scale(Quantizer(quantizer));
 }
 
+uint32_t uniform_code_bit(uint32_t width, uint32_t channel_class, bool narrow) {
+  return uint32_t(code_bit(int(width), int(channel_class), narrow));
+}
+
 float tanh_of(float x) {
   return tanh_fast(x);
 }

@@ -27,6 +27,9 @@ void dequantise(uint32_t quantizer, size_t width, bool narrow, rust::Slice<const
 // Factor of the table of offsets that the attention kernels expect. `quantizer`: as dequantise.
 float table_scale(uint32_t quantizer);
 
+// Bit at which the attention kernels read a unit's uniform codes of a class of channels.
+uint32_t uniform_code_bit(uint32_t width, uint32_t channel_class, bool narrow);
+
 // tanh as the attention kernels with a soft cap take it.
 float tanh_of(float x);
 

@@ -28,6 +28,8 @@ mod ffi {
         ) -> Result<()>;
         /// Factor of the table of offsets that the attention kernels expect. `quantizer`: as in `dequantise`.
         fn table_scale(quantizer: u32) -> Result<f32>;
+        /// Bit at which the attention kernels read a unit's uniform codes of a class of channels.
+        fn uniform_code_bit(width: u32, channel_class: u32, narrow: bool) -> u32;
         /// tanh as the attention kernels with a soft cap take it.
         fn tanh_of(x: f32) -> f32;
         /// Seals a block from rows `[128][head_dim]` with the tables of `kakeya_codec::device::tables` (as words, for their
@@ -53,4 +55,7 @@ mod ffi {
     }
 }
 
-pub use ffi::{dequantise, open, pack, pack_trellis, seal, table_scale, tanh_of, trellis_symbols, unpack};
+pub use ffi::{
+    dequantise, open, pack, pack_trellis, seal, table_scale, tanh_of, trellis_symbols, uniform_code_bit,
+    unpack,
+};

@@ -1,6 +1,6 @@
 //! The attention kernels' way from codes to matrix operands, against the codec's alphabets.
 
-use kakeya_codec::fragments::{alphabet, table_scale};
+use kakeya_codec::fragments::{alphabet, code_bit, table_scale};
 use kakeya_codec::grid::{Grid, MAX_WIDTH};
 use kakeya_codec::recipe::Quantizer;
 use kakeya_codec::trellis;
@@ -108,5 +108,22 @@ fn table_of_offsets_has_the_kernels_scale() {
         [(Quantizer::Uniform, UNIFORM), (Quantizer::LloydMax, CUBIC), (Quantizer::Trellis, TRELLIS)]
     {
         assert_eq!(kakeya_bridge::table_scale(number).unwrap(), table_scale(quantizer), "{quantizer:?}");
+    }
+}
+
+/// The records of heads scale queries and sums by the bits at which kernels read codes.
+#[test]
+fn codes_are_read_at_the_bits_of_the_records() {
+    for width in 0..=MAX_WIDTH {
+        for class in 0..4 {
+            for narrow in [false, true] {
+                let kernels = kakeya_bridge::uniform_code_bit(width as u32, class as u32, narrow);
+                assert_eq!(
+                    code_bit(width, class, narrow),
+                    kernels as i32,
+                    "width {width} class {class} {narrow}"
+                );
+            }
+        }
     }
 }
